@@ -1,0 +1,4 @@
+"""Compressors: many visual tokens to few.
+
+May import ``nn`` and the other rings below ``parts``.
+"""
