@@ -1,7 +1,8 @@
 """Chiasm: where vision and language cross.
 
-``chiasm.load(path_or_id)`` returns a model that answers questions about pictures; ``Reply`` is what it answers and
-``ModelInputs`` what it reads. Names are resolved on first use, so ``import chiasm`` is cheap and loads no PyTorch.
+``chiasm.load(path_or_id)`` returns a model that answers questions about pictures; ``Reply`` is what it
+answers and ``ModelInputs`` what it reads. Names are resolved on first use, so ``import chiasm`` is cheap and
+loads no PyTorch.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ __version__ = "0.1.0"
 
 __all__ = ["ChiasmError", "ModelInputs", "Reply", "__version__", "load"]
 
-# Public name -> module that defines it; a table of strings, so that neither PyTorch nor the rings load on import.
+# Public name -> module that defines it; strings, so that neither PyTorch nor the rings load on import.
 _HOMES = {
     "load": "chiasm.hub",
     "Reply": "chiasm.model.chat",

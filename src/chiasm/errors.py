@@ -1,7 +1,8 @@
 """Errors that a user can act on.
 
-Every failure that Chiasm foresees is a ``ChiasmError`` whose message is one line: what went wrong, where, and what to
-do about it. The command line prints that line to stderr and leaves with ``exit_code``; any other exception is a bug.
+Every failure that Chiasm foresees is a ``ChiasmError`` whose message is one line: what went wrong, where, and
+what to do about it. The command line prints that line to stderr and leaves with ``exit_code``; any other
+exception is a bug.
 
 This module is below every ring and imports nothing of the package.
 """
@@ -11,8 +12,8 @@ from __future__ import annotations
 from typing import ClassVar
 
 __all__ = [
-    "ChiasmError",
     "CheckpointError",
+    "ChiasmError",
     "ConfigError",
     "ContextOverflowError",
     "DataError",
@@ -25,7 +26,7 @@ __all__ = [
 
 
 class ChiasmError(Exception):
-    """Base of all foreseen failures; ``str(error)`` is one line, ``exit_code`` is the process's exit status."""
+    """Base of all foreseen failures: ``str(error)`` is one line, ``exit_code`` the process's exit status."""
 
     exit_code: ClassVar[int] = 1
 
@@ -49,7 +50,7 @@ class ConfigError(ChiasmError):
 
 
 class TemplateError(ChiasmError):
-    """A conversation cannot be written in a chat template: unknown template, images and tags that do not match."""
+    """A conversation does not fit its chat template: unknown template, image tags without images."""
 
 
 class DataError(ChiasmError):
@@ -65,7 +66,7 @@ class MissingExtraError(ChiasmError):
 
 
 def missing_extra(package: str, extra: str) -> MissingExtraError:
-    """Return the error for an absent optional ``package``; raise it ``from`` the ``ImportError``.
+    """Return the error for an absent optional package; raise it ``from`` the ``ImportError``.
 
     Args:
         package: the package that failed to import, as its users call it (``"av"``).

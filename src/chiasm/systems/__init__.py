@@ -1,4 +1,5 @@
 """Published systems, one folder a paper, each readable next to it.
 
-A system may import every ring below (up to ``train``, ``engine`` and ``lab``), never the private code of a sibling.
+A system may import every ring below (up to ``train``, ``engine`` and ``lab``), never the private code of a
+sibling.
 """
