@@ -1,0 +1,189 @@
+"""Sequence: what a model reads. The heart of the house.
+
+One flat row of T positions (never padded), possibly several documents one after the other, and beside it the
+media that some positions stand for. It is built without running any model, so that packer, planner, linter,
+server and trainer agree on every token count. Pixels stay uint8 until they reach the device.
+
+Legend: T positions, N media items (tiles, frames, code groups) of one batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from chiasm.errors import DataError
+from chiasm.nn.attention import Segments
+
+TEXT, IMAGE, VIDEO, POINTS, CODES = range(5)
+IGNORE = -100
+"""Label of a position that predicts nothing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Span:
+    """Positions [start, start + length) stand for items [first, first + items) of `media[name]`."""
+
+    media: str
+    start: int
+    length: int
+    first: int
+    items: int
+    key: str = ""
+    """Content hash of these items together: features computed from them may be cached under it."""
+
+    def shifted(self, rows: int, items: int) -> Span:
+        return replace(self, start=self.start + rows, first=self.first + items)
+
+
+@dataclass(frozen=True, slots=True)
+class MediaBatch:
+    """Raw media of one kind: `data` (N, …), uint8 pixels (N, 3, S, S) for images, points, code groups, …"""
+
+    data: Tensor
+
+    def __len__(self) -> int:
+        return self.data.shape[0]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sequence:
+    """T positions and their media.
+
+    Attributes:
+        ids_T: int64 token ids (a placeholder id where media stand).
+        kind_T: int8, one of TEXT, IMAGE, VIDEO, POINTS, CODES.
+        doc_T: int32 document numbers 0, 1, …, each in one contiguous run.
+        pos_T: float32 positions, (T,) or (T, 3), restarting with every document.
+        labels_T: int64, already shifted: what row t must predict, or IGNORE. None when only read.
+        weight_T: float32 loss weight of every row. None means 1.
+        spans: which rows stand for which media items, in order.
+        media: name -> MediaBatch.
+    """
+
+    ids_T: Tensor
+    kind_T: Tensor
+    doc_T: Tensor
+    pos_T: Tensor
+    labels_T: Tensor | None = None
+    weight_T: Tensor | None = None
+    spans: tuple[Span, ...] = ()
+    media: dict[str, MediaBatch] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        T = self.ids_T.shape[0]
+        for name in ("kind_T", "doc_T", "pos_T", "labels_T", "weight_T"):
+            value = getattr(self, name)
+            if value is not None and value.shape[0] != T:
+                raise DataError(f"sequence field {name} has {value.shape[0]} rows but ids_T has {T}")
+        for span in self.spans:
+            batch = self.media.get(span.media)
+            if batch is None or span.first + span.items > len(batch) or span.start + span.length > T:
+                raise DataError(f"span at rows {span.start}+{span.length} points outside its sequence or media")
+
+    @classmethod
+    def of_text(cls, ids: Seq[int], *, start: int = 0) -> Sequence:
+        """One document of plain text whose first position is `start`."""
+        T = len(ids)
+        return cls(
+            ids_T=torch.as_tensor(ids, dtype=torch.int64).reshape(T),
+            kind_T=torch.zeros(T, dtype=torch.int8),
+            doc_T=torch.zeros(T, dtype=torch.int32),
+            pos_T=torch.arange(start, start + T, dtype=torch.float32),
+        )
+
+    def __len__(self) -> int:
+        return self.ids_T.shape[0]
+
+    @property
+    def docs(self) -> int:
+        return int(self.doc_T[-1]) + 1 if len(self) else 0
+
+    def segments(self, slots: Seq[int] | None = None) -> Segments:
+        return Segments.from_docs(self.doc_T, slots)
+
+    def spans_of(self, media: str) -> tuple[Span, ...]:
+        return tuple(s for s in self.spans if s.media == media)
+
+    def to(self, device: torch.device | str) -> Sequence:
+        def move(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.to(device, non_blocking=True)
+
+        rows = ("ids_T", "kind_T", "doc_T", "pos_T", "labels_T", "weight_T")
+        moved = {name: move(getattr(self, name)) for name in rows}
+        return replace(self, **moved, media={k: MediaBatch(b.data.to(device)) for k, b in self.media.items()})
+
+    @classmethod
+    def pack(cls, sequences: Seq[Sequence]) -> Sequence:
+        """Several sequences as one; documents are renumbered, nothing is padded. Inverse: `split`.
+
+        Raises DataError when some carry labels and others do not, or positions differ in rank.
+        """
+        if not sequences:
+            raise DataError("cannot pack zero sequences")
+        if len(sequences) == 1:
+            return sequences[0]
+        if len({s.labels_T is None for s in sequences}) > 1 or len({s.pos_T.dim() for s in sequences}) > 1:
+            raise DataError("packed sequences must agree on having labels and on the rank of their positions")
+        docs, spans, rows = [], [], 0
+        doc = 0
+        media: dict[str, list[Tensor]] = {}
+        counts: dict[str, int] = {}
+        for s in sequences:
+            docs.append(s.doc_T + doc)
+            doc += s.docs
+            spans += [span.shifted(rows, counts.get(span.media, 0)) for span in s.spans]
+            for name, batch in s.media.items():
+                media.setdefault(name, []).append(batch.data)
+                counts[name] = counts.get(name, 0) + len(batch)
+            rows += len(s)
+
+        def join(name: str) -> Tensor | None:
+            values = [getattr(s, name) for s in sequences]
+            if all(v is None for v in values):
+                return None
+            if name == "weight_T":  # absent means 1
+                values = [torch.ones(len(s)) if v is None else v for s, v in zip(sequences, values, strict=True)]
+            return torch.cat(values)
+
+        return cls(
+            ids_T=torch.cat([s.ids_T for s in sequences]),
+            kind_T=torch.cat([s.kind_T for s in sequences]),
+            doc_T=torch.cat(docs),
+            pos_T=torch.cat([s.pos_T for s in sequences]),
+            labels_T=join("labels_T"),
+            weight_T=join("weight_T"),
+            spans=tuple(spans),
+            media={name: MediaBatch(torch.cat(parts)) for name, parts in media.items()},
+        )
+
+    def split(self) -> list[Sequence]:
+        """The documents as sequences of their own. Items of media must lie in span order (as `pack` leaves them)."""
+        out, at = [], 0
+        for n in self.segments().lengths:
+            rows = slice(at, at + n)
+            spans, media = [], {}
+            for name, batch in self.media.items():
+                mine = [s for s in self.spans if s.media == name and at <= s.start < at + n]
+                if not mine:
+                    continue
+                low, high = min(s.first for s in mine), max(s.first + s.items for s in mine)
+                spans += [s.shifted(-at, -low) for s in mine]
+                media[name] = MediaBatch(batch.data[low:high])
+            out.append(
+                Sequence(
+                    ids_T=self.ids_T[rows],
+                    kind_T=self.kind_T[rows],
+                    doc_T=torch.zeros_like(self.doc_T[rows]),
+                    pos_T=self.pos_T[rows],
+                    labels_T=None if self.labels_T is None else self.labels_T[rows],
+                    weight_T=None if self.weight_T is None else self.weight_T[rows],
+                    spans=tuple(sorted(spans, key=lambda s: s.start)),
+                    media=media,
+                )
+            )
+            at += n
+        return out
