@@ -1,7 +1,7 @@
 """Names for annotating array shapes: ``Float[Tensor, "B T D"]``, ``UInt8[np.ndarray, "H W 3"]``.
 
-They come from jaxtyping where it is installed (the tests check them at run time); jaxtyping is no dependency,
-without it, an annotation means its array type alone. The letters are those of the tensor suffixes (``x_BTD``).
+They come from jaxtyping where it is installed (the tests check them at run time). jaxtyping is no dependency:
+without it, an annotation means its array type alone. Letters are those of the tensor suffixes (``x_BTD``).
 
 This module is below every ring and imports nothing of the package.
 """
