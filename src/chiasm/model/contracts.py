@@ -1,0 +1,86 @@
+"""The contracts between the parts of a causal multimodal model. Five different systems were built on them first
+(`tests/contracts`); what they had to learn is in `docs/architecture.md`.
+
+    Sequence --Embedder--> x_TC --Trunk--> hidden_TC --Head--> loss | emission --Embedder--> …
+
+Anything that fits here is trained by the one trainer and generates through the one loop.
+Legend: T rows of all documents, C width, N live documents (one row each), V vocabulary, K codes of one step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from chiasm.data.sequence import Sequence
+from chiasm.nn.attention import KVCache, Segments
+
+Pick = Callable[[Tensor, int], int]
+"""(float32 logits_V, document) -> chosen id. The generation loop owns sampling; a head may call it often."""
+
+
+@dataclass(slots=True)
+class ModelCache:
+    """All that a model remembers of the documents it is writing.
+
+    `trunk` is the decoder's; `embed` belongs to an embedder that runs causal layers of its own (HoVLE), whose
+    lengths may differ from the trunk's. `state` is a head's own memory (a place inside an image grid).
+    """
+
+    trunk: KVCache
+    embed: KVCache | None = None
+    state: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class LossParts:
+    """A summed loss and its denominator, so that accumulation and data parallel stay exact; parts for the log."""
+
+    total: Tensor
+    weight: Tensor
+    logs: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def mean(self) -> Tensor:
+        """total / weight; 0 (with a graph) where nothing is supervised."""
+        return self.total / self.weight.clamp_min(1e-12)
+
+
+@dataclass(frozen=True, slots=True)
+class Emission:
+    """What one step of a head gave for N documents.
+
+    ids: a text token id per document, or None where it emitted codes. codes: K codes per document, or None.
+    next: the rows to read next, one for each document in the same order (positions filled in by the loop).
+    """
+
+    ids: list[int | None]
+    next: Sequence
+    codes: list[list[int] | None] = field(default_factory=list)
+
+
+class Embedder(Protocol):
+    """Sequence -> (T, C). May run layers of its own, with its own cache; must not look at other documents."""
+
+    def __call__(self, sequence: Sequence, cache: ModelCache | None = None) -> Tensor: ...
+
+
+class Trunk(Protocol):
+    """(T, C) -> (T, C), causal within each document; may route rows by `kind_T`."""
+
+    def __call__(
+        self, x_TC: Tensor, *, kind_T: Tensor, segments: Segments, pos_T: Tensor, cache: KVCache | None = None
+    ) -> Tensor: ...
+
+    def new_cache(self, slots: int = 1, *, capacity: int = 0) -> KVCache: ...
+
+
+class Head(Protocol):
+    """Reads hidden states: a training loss over a whole sequence, or the next emission of N documents."""
+
+    def loss(self, hidden_TC: Tensor, sequence: Sequence) -> LossParts: ...
+
+    def step(self, hidden_NC: Tensor, docs: list[int], pick: Pick, cache: ModelCache) -> Emission: ...
