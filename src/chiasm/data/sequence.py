@@ -95,6 +95,17 @@ class Sequence:
             pos_T=torch.arange(start, start + T, dtype=torch.float32),
         )
 
+    @classmethod
+    def of_rows(cls, ids: Seq[int], kinds: Seq[int] | None = None) -> Sequence:
+        """N documents of one row each, as one decoding step reads them (positions are filled in by the loop)."""
+        N = len(ids)
+        return cls(
+            ids_T=torch.tensor(ids, dtype=torch.int64),
+            kind_T=torch.zeros(N, dtype=torch.int8) if kinds is None else torch.tensor(kinds, dtype=torch.int8),
+            doc_T=torch.arange(N, dtype=torch.int32),
+            pos_T=torch.zeros(N),
+        )
+
     def __len__(self) -> int:
         return self.ids_T.shape[0]
 

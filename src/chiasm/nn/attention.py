@@ -106,6 +106,16 @@ class KVCache:
         for slot, n in zip(segments.slots, segments.lengths, strict=True):
             self.lengths[slot] += n
 
+    def keep(self, slots: Seq[int]) -> None:
+        """Keep only these rows, in this order; they become rows 0, 1, … of a smaller cache."""
+        if list(slots) == list(range(self.slots)):
+            return
+        for buffers in (self._k, self._v):
+            for layer, x in enumerate(buffers):
+                if x is not None:
+                    buffers[layer] = x[torch.tensor(slots, device=x.device)]
+        self.lengths = [self.lengths[s] for s in slots]
+
     def crop(self, slot: int, length: int) -> None:
         """Forget everything of `slot` behind its first `length` tokens."""
         self.lengths[slot] = min(self.lengths[slot], length)

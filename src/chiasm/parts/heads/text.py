@@ -1,6 +1,6 @@
-"""TextHead: logits over the vocabulary, and the next-token loss that never materialises them all.
+"""TextHead: logits over the vocabulary, the next-token loss that never materialises them all, one step of writing.
 
-Legend: T rows, C width, N rows asked for, V vocabulary.
+Legend: T rows, C width, N documents (one row each), V vocabulary.
 """
 
 from __future__ import annotations
@@ -8,6 +8,11 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from chiasm.data.sequence import Sequence
+from chiasm.errors import DataError
+from chiasm.nn.losses import cross_entropy
+from chiasm.parts.contracts import Emission, LossParts, ModelCache, Pick
 
 
 class TextHead(nn.Module):
@@ -20,3 +25,22 @@ class TextHead(nn.Module):
     def logits(self, hidden_NC: Tensor) -> Tensor:
         """(N, C) -> (N, V) float32."""
         return F.linear(hidden_NC, self.weight).float()
+
+    def loss(self, hidden_TC: Tensor, sequence: Sequence) -> LossParts:
+        """Weighted cross-entropy of the rows that carry a label.
+
+        Raises DataError when the sequence has no labels.
+        """
+        if sequence.labels_T is None:
+            raise DataError("this sequence carries no labels: lay it out with train=True")
+        weight_T = sequence.weight_T
+        if weight_T is None:
+            weight_T = torch.ones(len(sequence), device=hidden_TC.device)
+        total, weight = cross_entropy(hidden_TC, self.weight, sequence.labels_T, weight_T)
+        return LossParts(total, weight, {"text": (total / weight.clamp_min(1e-12)).detach()})
+
+    def step(self, hidden_NC: Tensor, docs: list[int], pick: Pick, cache: ModelCache) -> Emission:
+        """One token for every document."""
+        logits_NV = self.logits(hidden_NC)
+        ids = [pick(logits_V, doc) for logits_V, doc in zip(logits_NV, docs, strict=True)]
+        return Emission(ids=list(ids), next=Sequence.of_rows(ids))

@@ -1,5 +1,7 @@
-"""The contracts between the parts of a causal multimodal model. Five different systems were built on them first
-(`tests/contracts`); what they had to learn is in `docs/architecture.md`.
+"""The contracts between the parts of a causal multimodal model.
+
+Five different systems were built on them first (`tests/contracts`); what they had to learn is in
+`docs/architecture.md`. They lie at the bottom of the parts ring because the parts implement them.
 
     Sequence --Embedder--> x_TC --Trunk--> hidden_TC --Head--> loss | emission --Embedder--> …
 
@@ -27,12 +29,19 @@ class ModelCache:
     """All that a model remembers of the documents it is writing.
 
     `trunk` is the decoder's; `embed` belongs to an embedder that runs causal layers of its own (HoVLE), whose
-    lengths may differ from the trunk's. `state` is a head's own memory (a place inside an image grid).
+    lengths may differ from the trunk's.
     """
 
     trunk: KVCache
     embed: KVCache | None = None
-    state: dict[str, Any] = field(default_factory=dict)
+    state: dict[int, Any] = field(default_factory=dict)
+    """A head's own memory by document (a place inside an image grid)."""
+
+    def keep(self, slots: list[int]) -> None:
+        """Keep only these cache rows, renumbered 0, 1, … (documents that ended are dropped)."""
+        self.trunk.keep(slots)
+        if self.embed is not None:
+            self.embed.keep(slots)
 
 
 @dataclass(frozen=True, slots=True)

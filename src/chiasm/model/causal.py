@@ -1,0 +1,58 @@
+"""CausalVLM: embedder, trunk and head put together; nothing here knows which system it is.
+
+Legend: T rows of all documents, C width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from chiasm.data.sequence import Sequence
+from chiasm.parts.contracts import LossParts, ModelCache
+
+
+class CausalVLM(nn.Module):
+    """A multimodal causal model made of three parts (see `chiasm.parts.contracts`).
+
+    Args:
+        embedder: Sequence -> rows. An embedder with causal layers of its own also has `new_cache(slots)`.
+        trunk: rows -> hidden states.
+        head: hidden states -> loss or emission.
+    """
+
+    def __init__(self, embedder: nn.Module, trunk: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.embedder, self.trunk, self.head = embedder, trunk, head
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.trunk.parameters()).device
+
+    def new_cache(self, slots: int = 1, *, capacity: int = 0) -> ModelCache:
+        """An empty memory for `slots` documents; `capacity` tokens are allocated at once when given."""
+        own = getattr(self.embedder, "new_cache", None)
+        return ModelCache(
+            trunk=self.trunk.new_cache(slots, capacity=capacity),  # type: ignore[operator]
+            embed=own(slots) if own else None,
+        )
+
+    def hidden(self, sequence: Sequence, cache: ModelCache | None = None) -> Tensor:
+        """(T, C) final hidden states; with a cache, documents are its rows 0, 1, … and continue their past."""
+        x_TC = self.embedder(sequence, cache)
+        return self.trunk(
+            x_TC,
+            kind_T=sequence.kind_T,
+            segments=sequence.segments(),
+            pos_T=sequence.pos_T,
+            cache=None if cache is None else cache.trunk,
+        )
+
+    def loss(self, sequence: Sequence) -> LossParts:
+        """Training loss of a (packed) sequence that carries labels."""
+        sequence = sequence.to(self.device)
+        return self.head.loss(self.hidden(sequence), sequence)  # type: ignore[operator]
+
+    def forward(self, sequence: Sequence) -> Tensor:
+        """Alias of `hidden` without a cache, so that wrappers which call modules work."""
+        return self.hidden(sequence)

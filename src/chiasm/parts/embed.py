@@ -1,0 +1,119 @@
+"""The word table, and media features computed once and remembered by content.
+
+An embedder of the InternVL kind looks every id up in the word table and overwrites the rows of media spans with
+encoded features. Encoding dominates the time to the first token, so features are kept under the content hash of
+their span: a second question about the same picture, another candidate answer, the rejected half of a preference
+pair, all skip the encoder.
+Legend: T rows, C width of the language model, N media items, K rows an item.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from chiasm.data.sequence import Sequence, Span
+from chiasm.errors import ConfigError
+
+
+class WordTable(nn.Module):
+    """(V, C) input embedding. A plain parameter, so that a head may share it."""
+
+    def __init__(self, vocab_size: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, width))
+
+    def forward(self, ids_T: Tensor) -> Tensor:
+        return F.embedding(ids_T, self.weight)
+
+
+class FeatureCache:
+    """Least-recently-used features by content key, bounded in bytes. `hits` and `misses` count spans."""
+
+    def __init__(self, max_bytes: int = 1 << 30) -> None:
+        if max_bytes < 0:
+            raise ConfigError(f"feature cache size must be >= 0 bytes, found {max_bytes}")
+        self.max_bytes = max_bytes
+        self.hits = self.misses = self.bytes = 0
+        self._store: OrderedDict[str, Tensor] = OrderedDict()
+
+    def get(self, key: str) -> Tensor | None:
+        found = self._store.get(key) if key else None
+        if found is None:
+            self.misses += 1
+            return None
+        self.hits += 1
+        self._store.move_to_end(key)
+        return found
+
+    def put(self, key: str, features: Tensor) -> None:
+        size = features.numel() * features.element_size()
+        if not key or size > self.max_bytes or key in self._store:
+            return
+        self._store[key] = features
+        self.bytes += size
+        while self.bytes > self.max_bytes:
+            _, old = self._store.popitem(last=False)
+            self.bytes -= old.numel() * old.element_size()
+
+    def clear(self) -> None:
+        self._store.clear()
+        self.bytes = 0
+
+
+def encode_spans(
+    sequence: Sequence,
+    media: str,
+    encode: Callable[[Tensor], Tensor],
+    cache: FeatureCache | None = None,
+    *,
+    max_items: int = 16,
+) -> list[tuple[Span, Tensor]]:
+    """Features of every span of one medium.
+
+    Args:
+        encode: raw items (N, …) -> (N, K, C).
+        cache: looked up and filled when given (inference only: cached features carry no gradient).
+        max_items: items encoded at once, which bounds the memory of many-tile images.
+    Returns:
+        (span, (span.length, C)) in span order. Several equal spans are encoded once.
+    """
+    spans = sequence.spans_of(media)
+    if not spans:
+        return []
+    data = sequence.media[media].data
+    done: dict[str, Tensor] = {}
+    todo: list[Span] = []
+    for span in spans:
+        if cache is not None and span.key not in done:
+            found = cache.get(span.key)
+            if found is not None:
+                done[span.key] = found
+                continue
+        if cache is None or not span.key or span.key not in done:
+            if cache is not None and any(t.key == span.key and span.key for t in todo):
+                continue
+            todo.append(span)
+    fresh: dict[int, Tensor] = {}
+    if todo:
+        whole = sum(t.items for t in todo) == data.shape[0]
+        items = data if whole else torch.cat([data[t.first : t.first + t.items] for t in todo])
+        encoded = torch.cat([encode(part) for part in items.split(max_items)]).flatten(0, 1)
+        for span, features in zip(todo, encoded.split([t.length for t in todo]), strict=True):
+            fresh[span.start] = features
+            if cache is not None and span.key:
+                done[span.key] = features
+                cache.put(span.key, features.detach().clone())
+    return [(s, fresh[s.start] if s.start in fresh else done[s.key]) for s in spans]
+
+
+def overwrite_rows(x_TC: Tensor, features: list[tuple[Span, Tensor]]) -> Tensor:
+    """Rows of each span replaced by its features (differentiable in both)."""
+    if not features:
+        return x_TC
+    rows = torch.cat([torch.arange(s.start, s.start + s.length) for s, _ in features]).to(x_TC.device)
+    return x_TC.index_copy(0, rows, torch.cat([f for _, f in features]).to(x_TC.dtype))
