@@ -22,10 +22,10 @@ demo: .venv/.stamp-demo
 	$(BIN)/chiasm demo
 
 test: .venv/.stamp-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test-all: .venv/.stamp-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not gpu and not hub"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not gpu and not hub"
 
 lint: .venv/.stamp-dev
 	$(BIN)/ruff check .

@@ -2,8 +2,8 @@
 
 import os
 
-# Before anything imports NumPy, PyTorch, tokenizers or a hub client: they read these once. Tiny models are slower
-# on several threads than on one, and pytest-xdist already uses the cores.
+# Before anything imports NumPy, PyTorch, tokenizers or a hub client: they read these once. Tiny models are
+# slower on several threads than on one, and pytest-xdist already uses the cores.
 for _variable, _value in {
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
