@@ -34,16 +34,46 @@ class Span:
     items: int
     key: str = ""
     """Content hash of these items together: features computed from them may be cached under it."""
+    group: int = -1
+    """Spans of one group (>= 0) are one temporal sequence: the frames of a video, the repeats of an image."""
 
-    def shifted(self, rows: int, items: int) -> Span:
-        return replace(self, start=self.start + rows, first=self.first + items)
+    def shifted(self, rows: int, items: int, groups: int = 0) -> Span:
+        return replace(
+            self,
+            start=self.start + rows,
+            first=self.first + items,
+            group=self.group if self.group < 0 else self.group + groups,
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class MediaBatch:
-    """Raw media of one kind: `data` (N, …), uint8 pixels (N, 3, S, S) for images, points, code groups, …"""
+    """Raw media of one kind: `data` (N, …), uint8 pixels (N, 3, S, S) for images, points, code groups, …
+
+    `times_N` are seconds (float32), where items are moments.
+    """
 
     data: Tensor
+    times_N: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.times_N is not None and self.times_N.shape != self.data.shape[:1]:
+            raise DataError(f"media has {len(self)} items but {self.times_N.numel()} time stamps")
+
+    def to(self, device: torch.device | str) -> MediaBatch:
+        return MediaBatch(self.data.to(device), None if self.times_N is None else self.times_N.to(device))
+
+    def items(self, low: int, high: int) -> MediaBatch:
+        """Items low … high - 1."""
+        return MediaBatch(self.data[low:high], None if self.times_N is None else self.times_N[low:high])
+
+    @classmethod
+    def join(cls, batches: Seq[MediaBatch]) -> MediaBatch:
+        """One batch of all; DataError when some have time stamps and others none."""
+        timed = [b.times_N for b in batches if b.times_N is not None]
+        if timed and len(timed) < len(batches):
+            raise DataError("some media of this batch have time stamps and others none: give all or none")
+        return cls(torch.cat([b.data for b in batches]), torch.cat(timed) if timed else None)
 
     def __len__(self) -> int:
         return self.data.shape[0]
@@ -125,7 +155,7 @@ class Sequence:
 
         rows = ("ids_T", "kind_T", "doc_T", "pos_T", "labels_T", "weight_T")
         moved = {name: move(getattr(self, name)) for name in rows}
-        return replace(self, **moved, media={k: MediaBatch(b.data.to(device)) for k, b in self.media.items()})
+        return replace(self, **moved, media={k: b.to(device) for k, b in self.media.items()})
 
     @classmethod
     def pack(cls, sequences: Seq[Sequence]) -> Sequence:
@@ -139,16 +169,17 @@ class Sequence:
             return sequences[0]
         if len({s.labels_T is None for s in sequences}) > 1 or len({s.pos_T.dim() for s in sequences}) > 1:
             raise DataError("packed sequences must agree on having labels and on the rank of their positions")
-        docs, spans, rows = [], [], 0
+        docs, spans, rows, groups = [], [], 0, 0
         doc = 0
-        media: dict[str, list[Tensor]] = {}
+        media: dict[str, list[MediaBatch]] = {}
         counts: dict[str, int] = {}
         for s in sequences:
             docs.append(s.doc_T + doc)
             doc += s.docs
-            spans += [span.shifted(rows, counts.get(span.media, 0)) for span in s.spans]
+            spans += [span.shifted(rows, counts.get(span.media, 0), groups) for span in s.spans]
+            groups += max((span.group + 1 for span in s.spans), default=0)
             for name, batch in s.media.items():
-                media.setdefault(name, []).append(batch.data)
+                media.setdefault(name, []).append(batch)
                 counts[name] = counts.get(name, 0) + len(batch)
             rows += len(s)
 
@@ -168,7 +199,7 @@ class Sequence:
             labels_T=join("labels_T"),
             weight_T=join("weight_T"),
             spans=tuple(spans),
-            media={name: MediaBatch(torch.cat(parts)) for name, parts in media.items()},
+            media={name: MediaBatch.join(parts) for name, parts in media.items()},
         )
 
     def split(self) -> list[Sequence]:
@@ -183,7 +214,9 @@ class Sequence:
                     continue
                 low, high = min(s.first for s in mine), max(s.first + s.items for s in mine)
                 spans += [s.shifted(-at, -low) for s in mine]
-                media[name] = MediaBatch(batch.data[low:high])
+                media[name] = batch.items(low, high)
+            base = min((s.group for s in spans if s.group >= 0), default=0)
+            spans = [s.shifted(0, 0, -base) for s in spans]
             out.append(
                 Sequence(
                     ids_T=self.ids_T[rows],

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from chiasm.data.sequence import Sequence
-from chiasm.parts.contracts import LossParts, ModelCache
+from chiasm.parts.contracts import Embedded, LossParts, ModelCache
 
 
 class CausalVLM(nn.Module):
@@ -39,19 +39,22 @@ class CausalVLM(nn.Module):
 
     def hidden(self, sequence: Sequence, cache: ModelCache | None = None) -> Tensor:
         """(T, C) final hidden states; with a cache, documents are its rows 0, 1, … and continue their past."""
-        x_TC = self.embedder(sequence, cache)
+        return self._trunk(self.embedder(sequence, cache), sequence, cache)
+
+    def loss(self, sequence: Sequence) -> LossParts:
+        """Training loss of a (packed) sequence that carries labels."""
+        sequence = sequence.to(self.device)
+        embedded = self.embedder(sequence)
+        return self.head.loss(self._trunk(embedded, sequence), sequence, embedded.features)  # type: ignore[operator]
+
+    def _trunk(self, embedded: Embedded, sequence: Sequence, cache: ModelCache | None = None) -> Tensor:
         return self.trunk(
-            x_TC,
+            embedded.x_TC,
             kind_T=sequence.kind_T,
             segments=sequence.segments(),
             pos_T=sequence.pos_T,
             cache=None if cache is None else cache.trunk,
         )
-
-    def loss(self, sequence: Sequence) -> LossParts:
-        """Training loss of a (packed) sequence that carries labels."""
-        sequence = sequence.to(self.device)
-        return self.head.loss(self.hidden(sequence), sequence)  # type: ignore[operator]
 
     def forward(self, sequence: Sequence) -> Tensor:
         """Alias of `hidden` without a cache, so that wrappers which call modules work."""

@@ -3,7 +3,7 @@
 Five different systems were built on them first (`tests/contracts`); what they had to learn is in
 `docs/architecture.md`. They lie at the bottom of the parts ring because the parts implement them.
 
-    Sequence --Embedder--> x_TC --Trunk--> hidden_TC --Head--> loss | emission --Embedder--> …
+    Sequence --Embedder--> rows --Trunk--> hidden --Head--> loss | emission --Embedder--> …
 
 Anything that fits here is trained by the one trainer and generates through the one loop.
 Legend: T rows of all documents, C width, N live documents (one row each), V vocabulary, K codes of one step.
@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from chiasm.data.sequence import Sequence
@@ -45,17 +46,45 @@ class ModelCache:
 
 
 @dataclass(frozen=True, slots=True)
-class LossParts:
-    """A summed loss and its denominator, so that accumulation and data parallel stay exact; parts for the log."""
+class LossPart:
+    """A summed loss, its denominator, and how much it counts beside other parts."""
 
     total: Tensor
     weight: Tensor
-    logs: dict[str, Tensor] = field(default_factory=dict)
+    scale: float = 1.0
 
     @property
     def mean(self) -> Tensor:
         """total / weight; 0 (with a graph) where nothing is supervised."""
         return self.total / self.weight.clamp_min(1e-12)
+
+
+@dataclass(frozen=True, slots=True)
+class LossParts:
+    """The parts of a loss by name (text, codes, masks, …), each with its own denominator.
+
+    Numerators and denominators stay apart so that accumulation and data parallel can be exact.
+    """
+
+    parts: dict[str, LossPart]
+
+    @property
+    def mean(self) -> Tensor:
+        """Σ scale · total / weight: what is minimised."""
+        return torch.stack([p.scale * p.mean for p in self.parts.values()]).sum()
+
+    @property
+    def logs(self) -> dict[str, float]:
+        """Mean of every part, for the log."""
+        return {name: float(p.mean.detach()) for name, p in self.parts.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Embedded:
+    """Rows for the trunk, and dense features by medium that a head may read (per-point features for masks)."""
+
+    x_TC: Tensor
+    features: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +101,9 @@ class Emission:
 
 
 class Embedder(Protocol):
-    """Sequence -> (T, C). May run layers of its own, with its own cache; must not look at other documents."""
+    """Sequence -> (T, C). May run layers of its own, with its own cache; documents must not see each other."""
 
-    def __call__(self, sequence: Sequence, cache: ModelCache | None = None) -> Tensor: ...
+    def __call__(self, sequence: Sequence, cache: ModelCache | None = None) -> Embedded: ...
 
 
 class Trunk(Protocol):
@@ -90,6 +119,6 @@ class Trunk(Protocol):
 class Head(Protocol):
     """Reads hidden states: a training loss over a whole sequence, or the next emission of N documents."""
 
-    def loss(self, hidden_TC: Tensor, sequence: Sequence) -> LossParts: ...
+    def loss(self, hidden_TC: Tensor, sequence: Sequence, features: dict[str, Tensor]) -> LossParts: ...
 
     def step(self, hidden_NC: Tensor, docs: list[int], pick: Pick, cache: ModelCache) -> Emission: ...

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from chiasm.data.sequence import Sequence
 from chiasm.errors import DataError
 from chiasm.nn.losses import cross_entropy
-from chiasm.parts.contracts import Emission, LossParts, ModelCache, Pick
+from chiasm.parts.contracts import Emission, LossPart, LossParts, ModelCache, Pick
 
 
 class TextHead(nn.Module):
@@ -26,7 +26,9 @@ class TextHead(nn.Module):
         """(N, C) -> (N, V) float32."""
         return F.linear(hidden_NC, self.weight).float()
 
-    def loss(self, hidden_TC: Tensor, sequence: Sequence) -> LossParts:
+    def loss(
+        self, hidden_TC: Tensor, sequence: Sequence, features: dict[str, Tensor] | None = None
+    ) -> LossParts:
         """Weighted cross-entropy of the rows that carry a label.
 
         Raises DataError when the sequence has no labels.
@@ -37,7 +39,7 @@ class TextHead(nn.Module):
         if weight_T is None:
             weight_T = torch.ones(len(sequence), device=hidden_TC.device)
         total, weight = cross_entropy(hidden_TC, self.weight, sequence.labels_T, weight_T)
-        return LossParts(total, weight, {"text": (total / weight.clamp_min(1e-12)).detach()})
+        return LossParts({"text": LossPart(total, weight)})
 
     def step(self, hidden_NC: Tensor, docs: list[int], pick: Pick, cache: ModelCache) -> Emission:
         """One token for every document."""

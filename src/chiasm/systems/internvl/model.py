@@ -1,0 +1,90 @@
+"""InternVL: tiles -> InternViT -> pixel unshuffle -> MLP -> language model.
+
+Source: InternVL 2.5 (2412.05271, section 2); 1.5 (2404.16821) for tiling and unshuffle.
+Legend: N tiles, P patches of a tile, K tokens of a tile, S tile side in pixels, T rows, C language width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from chiasm.data.sequence import Sequence
+from chiasm.media.pixels import normalize
+from chiasm.media.tiles import TilePolicy
+from chiasm.model.causal import CausalVLM
+from chiasm.parts.compress.unshuffle import Unshuffle
+from chiasm.parts.connect.projector import Projector
+from chiasm.parts.contracts import Embedded, ModelCache
+from chiasm.parts.embed import FeatureCache, WordTable, encode_spans, overwrite_rows
+from chiasm.parts.heads.text import TextHead
+from chiasm.parts.language.decoder import build_decoder, init_decoder
+from chiasm.parts.vision.internvit import InternViT
+from chiasm.systems.internvl.config import InternVLConfig
+
+
+class InternVLEmbedder(nn.Module):
+    """Words from the table, image rows from the encoder.
+
+    `features`, when set, remembers encoded images by content (inference only).
+    """
+
+    def __init__(
+        self,
+        words: WordTable,
+        vision: InternViT,
+        compress: Unshuffle,
+        connect: Projector,
+        policy: TilePolicy,
+        *,
+        select_layer: int = -1,
+    ) -> None:
+        super().__init__()
+        self.words, self.vision, self.compress, self.connect = words, vision, compress, connect
+        self.policy, self.select_layer = policy, select_layer
+        self.features: FeatureCache | None = None
+
+    def encode(self, tiles_N3SS: Tensor) -> Tensor:
+        """(N, 3, S, S) uint8 tiles -> (N, K, C) tokens."""
+        weight = self.vision.patch_embedding.weight
+        return self.project(normalize(tiles_N3SS.to(weight.device), self.policy, dtype=weight.dtype))
+
+    def project(self, pixels_N3SS: Tensor) -> Tensor:
+        """(N, 3, S, S) normalised pixels -> (N, K, C) tokens. The class token is dropped before unshuffling."""
+        patches = self.vision(pixels_N3SS, select_layer=self.select_layer)[:, 1:]
+        return self.connect(self.compress(patches))
+
+    def forward(self, sequence: Sequence, cache: ModelCache | None = None) -> Embedded:
+        """(T,) positions -> (T, C) rows."""
+        x_TC = self.words(sequence.ids_T)
+        store = None if torch.is_grad_enabled() else self.features
+        return Embedded(overwrite_rows(x_TC, encode_spans(sequence, "image", self.encode, store)))
+
+
+def build_internvl(config: InternVLConfig, *, generator: torch.Generator | None = None) -> CausalVLM:
+    """The model of a config, on the current default device.
+
+    With a `generator` the language side is initialised from it (tests, training from scratch); without one its
+    matrices are left unset, to be overwritten by a checkpoint.
+    """
+    c = config
+    words = WordTable(c.language.vocab_size, c.language.hidden_size)
+    embedder = InternVLEmbedder(
+        words,
+        InternViT(c.vision),
+        Unshuffle(c.downsample, c.unshuffle),
+        Projector(c.projector_inputs, c.language.hidden_size),
+        c.tiles,
+        select_layer=c.select_layer,
+    )
+    head = TextHead(
+        c.language.vocab_size, c.language.hidden_size, tied=words.weight if c.language.tie_words else None
+    )
+    model = CausalVLM(embedder, build_decoder(c.language), head)
+    if generator is not None:
+        init_decoder(model.trunk, generator=generator)
+        with torch.no_grad():
+            words.weight.normal_(0, 0.02, generator=generator)
+            if not c.language.tie_words:
+                head.weight.normal_(0, 0.02, generator=generator)
+    return model
