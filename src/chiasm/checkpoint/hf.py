@@ -1,0 +1,223 @@
+"""The layouts of transformers: InternVL `-hf` in its two prefixes, and plain Qwen2 / Llama language models.
+
+Source: the checkpoints themselves and the InternVL classes of transformers (4.52 to 5.23). Two prefixes exist:
+`hf` is what the classes call their parameters (`model.language_model.*`, `model.vision_tower.*`, `lm_head.weight`);
+`hf-old` is what the hub files and `save_pretrained` carry (`language_model.model.*`, `vision_tower.*`,
+`language_model.lm_head.weight`). Both load in transformers. Here are names and config keys only; `adapters.py`
+moves the tensors and `config.py` holds what the keys mean.
+
+A speller maps one native name to the public names whose rows, stacked, make the native tensor (q, k, v or gate, up).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = [
+    "HF_VISION_DEFAULTS",
+    "LANGUAGE_DEFAULTS",
+    "rope_keys_of_4",
+    "spell_hf",
+    "spell_hf_old",
+    "spell_language",
+    "spell_text",
+    "vision_from_hf",
+    "vision_to_hf",
+]
+
+_BLOCK = {
+    "norm1.weight": ("input_layernorm.weight",),
+    "norm2.weight": ("post_attention_layernorm.weight",),
+    "attn.qkv.weight": ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
+    "attn.qkv.bias": ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"),
+    "attn.out.weight": ("self_attn.o_proj.weight",),
+    "ffn.gate_up.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+    "ffn.down.weight": ("mlp.down_proj.weight",),
+}
+"""Decoder block: native -> transformers, the same for Qwen2 and Llama."""
+
+_VISION = {
+    "class_embedding": "embeddings.cls_token",
+    "position_embedding": "embeddings.position_embeddings",
+    "patch_embedding.weight": "embeddings.patch_embeddings.projection.weight",
+    "patch_embedding.bias": "embeddings.patch_embeddings.projection.bias",
+}
+
+_VISION_BLOCK = {
+    "norm1": "layernorm_before",
+    "norm2": "layernorm_after",
+    "attn.proj": "attention.projection_layer",
+    "attn.q_norm": "attention.q_norm",
+    "attn.k_norm": "attention.k_norm",
+    "mlp.fc1": "mlp.fc1",
+    "mlp.fc2": "mlp.fc2",
+    "ls1": "lambda_1",
+    "ls2": "lambda_2",
+}
+
+_CONNECT = {"norm": "layer_norm", "fc1": "linear_1", "fc2": "linear_2"}
+
+
+def spell_language(native: str, base: str, head: str) -> tuple[str, ...]:
+    """Public names of a language parameter.
+
+    Args:
+        native: a name under ``trunk.``, ``embedder.words.`` or ``head.``.
+        base: prefix of the decoder, with its dot (``"model."``).
+        head: full name of the output matrix (``"lm_head.weight"``).
+    """
+    if native == "embedder.words.weight":
+        return (f"{base}embed_tokens.weight",)
+    if native == "head.weight":
+        return (head,)
+    if native == "trunk.norm.weight":
+        return (f"{base}norm.weight",)
+    _, _, layer, rest = native.split(".", 3)  # trunk.layers.{layer}.{rest}
+    return tuple(f"{base}layers.{layer}.{name}" for name in _BLOCK[rest])
+
+
+def _spell_tower(native: str, tower: str, projector: str) -> tuple[str, ...]:
+    """Public names of a parameter under ``embedder.vision.`` or ``embedder.connect.``."""
+    _, part, rest = native.split(".", 2)
+    if part == "connect":
+        stem, _, leaf = rest.rpartition(".")
+        return (f"{projector}{_CONNECT[stem]}.{leaf}",)
+    if rest in _VISION:
+        return (tower + _VISION[rest],)
+    _, layer, name = rest.split(".", 2)  # layers.{layer}.{name}
+    base = f"{tower}encoder.layer.{layer}."
+    if name in ("ls1", "ls2"):
+        return (base + _VISION_BLOCK[name],)
+    stem, _, leaf = name.rpartition(".")
+    if stem == "attn.qkv":
+        return tuple(f"{base}attention.{which}_proj.{leaf}" for which in "qkv")
+    return (f"{base}{_VISION_BLOCK[stem]}.{leaf}",)
+
+
+def spell_hf(native: str) -> tuple[str, ...]:
+    """Names in the newer prefix, ``model.language_model.*``."""
+    if native.startswith(("embedder.vision.", "embedder.connect.")):
+        return _spell_tower(native, "model.vision_tower.", "model.multi_modal_projector.")
+    return spell_language(native, "model.language_model.", "lm_head.weight")
+
+
+def spell_hf_old(native: str) -> tuple[str, ...]:
+    """Names in the older prefix, ``language_model.model.*``."""
+    if native.startswith(("embedder.vision.", "embedder.connect.")):
+        return _spell_tower(native, "vision_tower.", "multi_modal_projector.")
+    return spell_language(native, "language_model.model.", "language_model.lm_head.weight")
+
+
+def spell_text(native: str) -> tuple[str, ...]:
+    """Names in a language model of its own, ``model.*``."""
+    return spell_language(native, "model.", "lm_head.weight")
+
+
+_VISION_KEYS = {
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_hidden_layers": "num_hidden_layers",
+    "num_attention_heads": "num_attention_heads",
+    "num_channels": "num_channels",
+    "patch_size": "patch_size",
+    "image_size": "image_size",
+    "hidden_act": "hidden_act",
+    "norm_type": "norm_type",
+    "layer_norm_eps": "layer_norm_eps",
+    "qkv_bias": "attention_bias",
+    "qk_normalization": "use_qk_norm",
+    "dropout": "hidden_dropout_prob",
+    "attention_dropout": "attention_dropout",
+    "initializer_range": "initializer_range",
+    "initializer_factor": "layer_scale_init_value",
+}
+"""Original spelling of a vision key -> that of transformers."""
+
+HF_VISION_DEFAULTS: dict[str, Any] = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "num_channels": 3,
+    "patch_size": 14,
+    "image_size": 448,
+    "hidden_act": "gelu",
+    "norm_type": "layer_norm",
+    "layer_norm_eps": 1e-6,
+    "attention_bias": False,
+    "use_qk_norm": False,
+    "hidden_dropout_prob": 0.0,
+    "attention_dropout": 0.0,
+    "initializer_range": 0.02,
+    "layer_scale_init_value": 0.1,
+}
+"""What `InternVLVisionConfig` takes for absent keys: saved sub-configs may leave out what equals them."""
+
+_CONSTANT = {
+    "projection_dropout": 0.0,
+    "use_mask_token": False,
+    "use_absolute_position_embeddings": True,
+    "use_mean_pooling": True,
+}
+"""Keys that an InternViT always has so; the original layout has no word for them."""
+
+LANGUAGE_DEFAULTS: dict[str, dict[str, Any]] = {
+    "qwen2": {
+        "vocab_size": 151_936,
+        "hidden_size": 4096,
+        "intermediate_size": 22_016,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "max_position_embeddings": 32_768,
+        "rms_norm_eps": 1e-6,
+    },
+    "llama": {
+        "vocab_size": 32_000,
+        "hidden_size": 4096,
+        "intermediate_size": 11_008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-6,
+    },
+}
+"""Class defaults by ``model_type``, for sub-configs that were saved as differences from them."""
+
+
+def vision_from_hf(public: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(vision config in the original's spelling, complete; the keys that only transformers has, verbatim)."""
+    filled = {**HF_VISION_DEFAULTS, **public}
+    vision = {original: filled[hf] for original, hf in _VISION_KEYS.items()}
+    for name in ("patch_size", "image_size"):  # pairs of equal sides in this layout
+        side = vision[name]
+        if isinstance(side, list) and len(set(side)) == 1:
+            vision[name] = side[0]
+    known = {*_VISION_KEYS.values(), "model_type"}
+    return vision, {key: value for key, value in public.items() if key not in known}
+
+
+def vision_to_hf(vision: dict[str, Any], extras: dict[str, Any]) -> dict[str, Any]:
+    """The ``vision_config`` of transformers from the original's spelling (complete) and kept extra keys."""
+    public = {hf: vision[original] for original, hf in _VISION_KEYS.items()}
+    for name in ("patch_size", "image_size"):
+        public[name] = [public[name], public[name]]
+    return {"model_type": "internvl_vision", **_CONSTANT, **public, **extras}
+
+
+def rope_keys_of_4(language: dict[str, Any]) -> dict[str, Any]:
+    """The language config with transformers 5's ``rope_parameters`` spelt as ``rope_theta`` and ``rope_scaling``.
+
+    Releases before 5 ignore the new key without a word and would run with the wrong positions.
+    """
+    rope = language.get("rope_parameters")
+    if not isinstance(rope, dict):
+        return dict(language)
+    out = {key: value for key, value in language.items() if key != "rope_parameters"}
+    rest = {key: value for key, value in rope.items() if key not in ("rope_theta", "rope_type", "type")}
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if "rope_theta" in rope:
+        out.setdefault("rope_theta", rope["rope_theta"])
+    # Both spellings of the type: 4.37, which the remote code pins, knows only `type`.
+    out.setdefault("rope_scaling", None if kind == "default" else {"type": kind, "rope_type": kind, **rest})
+    return out
