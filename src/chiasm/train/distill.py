@@ -1,0 +1,415 @@
+"""Distil a vision teacher into a small InternViT, with supervised heads where labels are known.
+
+What: ``DistillData`` (pictures of the four worlds, with cached teacher features), ``Distill`` (the objective and its
+heads) and ``StudentModel`` (InternViT + pixel unshuffle: the 16 tokens a tile that the language model will read).
+Source: the idea of Mini-InternVL (a small encoder learns a large one's features before any language training); the
+teacher here is EfficientNet-Lite0, whose last map at 128 px is the very 4 x 4 grid of the student's tokens.
+
+Everything that the heads learn must be in the 16 tokens: each token regresses the teacher's feature at its place
+(smooth L1 and cosine), their mean regresses the pooled feature and classifies photographs and garments, and small
+heads over all tokens count objects and read letters. The heads are thrown away; the encoder is kept.
+
+Shape legend: N pictures, S = 64 pixels, P = 16 tokens, C = 4 x encoder width, D projected teacher width, L = 6 letters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from chiasm.errors import ConfigError, DataError
+from chiasm.parts.compress.unshuffle import pixel_unshuffle
+from chiasm.parts.vision.internvit import InternViT, InternViTConfig
+from chiasm.train.data import Draw, Source
+from chiasm.train.objective import Loss, Objective
+from chiasm.worlds.assets import assets_dir
+from chiasm.worlds.cifar10 import CifarWorld
+from chiasm.worlds.counting import CountingWorld
+from chiasm.worlds.fashion import FashionWorld
+from chiasm.worlds.words import MAX_LETTERS, WordsWorld, letters
+from chiasm.worlds.world import SIZE, World, resize_square
+
+__all__ = ["Distill", "DistillBatch", "DistillData", "DistillObjective", "DistillSource", "StudentModel", "StudentSpec"]
+
+CLASSES = {"cifar10": 10, "fashion": 10, "counting": 5}
+ALPHABET = 27
+"""Letters a-z and the blank behind a word's end."""
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+# --- data -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DistillBatch:
+    """N pictures and what is known about them.
+
+    Attributes:
+        images_NSS3: uint8.
+        families: family of each picture.
+        labels_N: class id, count - 1, or -100 for words.
+        letters_NL: letter codes, -100 for all but words.
+        map_NPD: teacher's projected map, zero where unknown.
+        pooled_NC: teacher's pooled feature minus its mean, zero where unknown.
+        taught_N: bool, whether the teacher's features are known.
+    """
+
+    images_NSS3: Tensor
+    families: tuple[str, ...]
+    labels_N: Tensor
+    letters_NL: Tensor
+    map_NPD: Tensor
+    pooled_NC: Tensor
+    taught_N: Tensor
+
+    def to(self, device: torch.device | str) -> DistillBatch:
+        """Return the batch on a device."""
+        names = ("images_NSS3", "labels_N", "letters_NL", "map_NPD", "pooled_NC", "taught_N")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+
+    def rows(self, family: str) -> Tensor:
+        """Return the row numbers of one family."""
+        return torch.tensor([i for i, f in enumerate(self.families) if f == family], device=self.labels_N.device)
+
+
+class Teacher:
+    """Cached teacher features of training pictures, as ``worlds.teacher`` wrote them."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            with np.load(path, allow_pickle=False) as archive:
+                self.map_NPD, self.pooled_NC, self.mean_C = (archive[k] for k in ("map", "pooled", "mean"))
+                names = ("split", "family", "index", "flip")
+                keys = zip(*(archive[name].tolist() for name in names), strict=True)
+                self._row = {key[1:]: row for row, key in enumerate(keys) if key[0] == "train"}
+        except (OSError, ValueError, KeyError) as error:
+            raise DataError(f"no teacher features in {path} ({error}): run python -m chiasm.worlds.teacher") from error
+        # One number for all axes: cosine and smooth L1 then see pooled features of mean square 1.
+        centred = self.pooled_NC.astype(np.float32) - self.mean_C
+        self.pooled_scale = float(np.sqrt(np.square(centred).mean())) or 1.0
+
+    def find(self, family: str, index: int, mirrored: bool) -> tuple[np.ndarray, np.ndarray] | None:
+        """Return (map (P, D), centred pooled feature (C,) of mean square 1 over all rows), None if unknown.
+
+        If the teacher has seen only the other orientation, its map is mirrored: nearly what it would have said.
+        """
+        row, turned = self._row.get((family, index, mirrored)), False
+        if row is None:
+            row, turned = self._row.get((family, index, not mirrored)), True
+        if row is None:
+            return None
+        map_PD = self.map_NPD[row]
+        if turned:
+            side = math.isqrt(len(map_PD))
+            map_PD = map_PD.reshape(side, side, -1)[:, ::-1].reshape(map_PD.shape)
+        return map_PD, (self.pooled_NC[row].astype(np.float32) - self.mean_C) / self.pooled_scale
+
+
+class DistillSource:
+    """The training set: worlds sampled by index, augmented, with teacher features beside them.
+
+    Args:
+        worlds: family -> training world.
+        dev: family -> dev world; never the test split.
+        weights: family -> share of draws.
+        teacher: cached features, or None to train the supervised heads alone.
+        dev_size: dev pictures per family.
+    """
+
+    def __init__(
+        self,
+        worlds: Mapping[str, World],
+        dev: Mapping[str, World],
+        weights: Mapping[str, float],
+        teacher: Teacher | None,
+        dev_size: int,
+    ) -> None:
+        self.worlds, self._dev_worlds, self._weights = worlds, dev, weights
+        self.teacher, self.dev_size = teacher, dev_size
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        """Family -> number of training pictures."""
+        return {name: len(world) for name, world in self.worlds.items()}
+
+    @property
+    def weights(self) -> Mapping[str, float]:
+        """Family -> share."""
+        return self._weights
+
+    @property
+    def teacher_widths(self) -> tuple[int, int] | None:
+        """(projected width, pooled width) of the teacher, or None."""
+        return (self.teacher.map_NPD.shape[-1], self.teacher.pooled_NC.shape[-1]) if self.teacher else None
+
+    def fetch(self, draws: Sequence[Draw], random: torch.Generator) -> DistillBatch:
+        """Sample, mirror (not words), shift and zoom a little (photographs and garments), jitter brightness."""
+        mirrored = (torch.rand(len(draws), generator=random) < 0.5).tolist()
+        mirrored = [flip and family != "words" for flip, (family, _) in zip(mirrored, draws, strict=True)]
+        batch = self._collect(self.worlds, draws, mirrored)
+        images_NSS3 = batch.images_NSS3.clone()
+        for i, flip in enumerate(mirrored):
+            if flip:
+                images_NSS3[i] = images_NSS3[i].flip(1)
+        warped = torch.tensor([family in ("cifar10", "fashion") for family, _ in draws])
+        return replace(batch, images_NSS3=augment(images_NSS3, warped, random))
+
+    def dev(self, family: str) -> DistillBatch:
+        """Return the first dev pictures of a family, unaugmented."""
+        world = self._dev_worlds[family]
+        draws = [(family, i) for i in range(min(self.dev_size, len(world)))]
+        return self._collect(self._dev_worlds, draws, None)
+
+    def _collect(
+        self, worlds: Mapping[str, World], draws: Sequence[Draw], mirrored: Sequence[bool] | None
+    ) -> DistillBatch:
+        n = len(draws)
+        images = np.empty((n, SIZE, SIZE, 3), np.uint8)
+        labels, spelled = np.full(n, -100, np.int64), np.full((n, MAX_LETTERS), -100, np.int64)
+        d, c = self.teacher_widths or (1, 1)
+        maps, pooled, taught = np.zeros((n, 16, d), np.float32), np.zeros((n, c), np.float32), np.zeros(n, bool)
+        for i, (family, index) in enumerate(draws):
+            sample = worlds[family].sample(index)
+            images[i] = sample.image
+            if family == "words":
+                spelled[i] = letters(sample.answer)
+            else:
+                labels[i] = sample.meta["class"] if "class" in sample.meta else sample.meta["count"] - 1
+            if self.teacher is None or mirrored is None:
+                continue
+            known = self.teacher.find(family, index, mirrored[i])
+            if known is not None:
+                maps[i], pooled[i], taught[i] = *known, True
+        return DistillBatch(
+            images_NSS3=torch.from_numpy(images),
+            families=tuple(family for family, _ in draws),
+            labels_N=torch.from_numpy(labels),
+            letters_NL=torch.from_numpy(spelled),
+            map_NPD=torch.from_numpy(maps),
+            pooled_NC=torch.from_numpy(pooled),
+            taught_N=torch.from_numpy(taught),
+        )
+
+
+def augment(images_NSS3: Tensor, warped_N: Tensor, random: torch.Generator) -> Tensor:
+    """Shift by up to 4 px and zoom by 0.9 to 1.15 where ``warped_N``; change brightness and contrast of all by 15 %.
+
+    Returns uint8 like the input. The shift is a quarter of a token at most, so maps still belong to their places.
+    """
+    n, side = images_NSS3.shape[0], images_NSS3.shape[1]
+    x_N3SS = images_NSS3.permute(0, 3, 1, 2).float()
+    zoom_N = 0.9 + 0.25 * torch.rand(n, generator=random)
+    shift_N2 = (torch.rand(n, 2, generator=random) * 2 - 1) * (8 / side)
+    gain_N, offset_N = 0.85 + 0.3 * torch.rand(n, generator=random), 38 * torch.rand(n, generator=random) - 19
+    theta_N23 = torch.zeros(n, 2, 3)
+    theta_N23[:, 0, 0] = theta_N23[:, 1, 1] = 1 / zoom_N
+    theta_N23[:, :, 2] = shift_N2
+    rows = warped_N.nonzero().flatten()
+    if len(rows):
+        grid_NSS2 = F.affine_grid(theta_N23[rows], [len(rows), 3, side, side], align_corners=False)
+        x_N3SS[rows] = F.grid_sample(x_N3SS[rows], grid_NSS2, padding_mode="border", align_corners=False)
+    middle_N111 = x_N3SS.mean((1, 2, 3), keepdim=True)
+    x_N3SS = (x_N3SS - middle_N111) * gain_N.view(-1, 1, 1, 1) + middle_N111 + offset_N.view(-1, 1, 1, 1)
+    return x_N3SS.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DistillData:
+    """Which worlds, how many pictures, which shares."""
+
+    weights: dict[str, float] = field(
+        default_factory=lambda: {"cifar10": 0.40, "fashion": 0.27, "words": 0.20, "counting": 0.13}
+    )
+    words: int = 100_000
+    """Distinct training pictures of words; they are drawn when they are needed."""
+    pseudo: float = 0.5
+    """Share of made-up words among them."""
+    counting: int = 100_000
+    seed: int = 1
+    """Seed of the rendered worlds; the teacher's features are for seed 1 (``worlds.distill``)."""
+    teacher: str | None = "teacher.npz"
+    """File of teacher features in the folder of prepared assets; none trains the supervised heads alone."""
+    dev_size: int = 500
+    folder: str | None = None
+    """Folder of prepared assets; none takes ``$CHIASM_DATA`` or the platform's cache."""
+
+    def open(self) -> DistillSource:
+        """Open worlds and teacher.
+
+        Raises:
+            DataError: assets or teacher features are missing; the message says what to run.
+            ConfigError: an unknown family.
+        """
+        makers = {
+            "cifar10": lambda split: CifarWorld(split, seed=self.seed, folder=self.folder),
+            "fashion": lambda split: FashionWorld(split, seed=self.seed, folder=self.folder),
+            "words": lambda split: WordsWorld(
+                split,
+                seed=self.seed,
+                size=self.words if split == "train" else None,
+                pseudo=self.pseudo if split == "train" else 0.0,
+                folder=self.folder,
+            ),
+            "counting": lambda split: CountingWorld(
+                split, seed=self.seed, size=self.counting if split == "train" else None
+            ),
+        }
+        chosen = [name for name, weight in self.weights.items() if weight > 0]
+        unknown = set(chosen) - makers.keys()
+        if unknown:
+            raise ConfigError(f"unknown families {sorted(unknown)}: choose among {', '.join(makers)}")
+        teacher = Teacher(assets_dir(self.folder) / self.teacher) if self.teacher else None
+        train, dev = ({name: makers[name](split) for name in chosen} for split in ("train", "dev"))
+        return DistillSource(train, dev, self.weights, teacher, self.dev_size)
+
+
+# --- model ----------------------------------------------------------------------------------------------------
+
+
+class StudentModel(nn.Module):
+    """InternViT and pixel unshuffle: (N, S, S, 3) uint8 -> (N, P, C) tokens as the language model gets them."""
+
+    def __init__(self, config: InternViTConfig) -> None:
+        super().__init__()
+        self.vision = InternViT(config)
+        self.width = 4 * config.hidden_size
+        self.tokens = config.tokens // 4
+        self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1) * 255, persistent=False)
+        self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1) * 255, persistent=False)
+
+    def forward(self, images_NSS3: Tensor) -> Tensor:
+        """Normalise (ImageNet mean and deviation), encode, drop the class token, fold 2 x 2 patches into one."""
+        pixels_N3SS = (images_NSS3.permute(0, 3, 1, 2).float() - self.mean) / self.std
+        return pixel_unshuffle(self.vision(pixels_N3SS)[:, 1:], 0.5)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StudentSpec:
+    """The student's shape."""
+
+    vision: InternViTConfig
+
+    def build(self) -> StudentModel:
+        """Return the student with new weights."""
+        return StudentModel(self.vision)
+
+
+# --- objective ------------------------------------------------------------------------------------------------
+
+
+class Reader(nn.Module):
+    """A small head over all tokens: project each to ``narrow``, concatenate, classify ``slots`` x ``classes``."""
+
+    def __init__(self, width: int, tokens: int, narrow: int, slots: int, classes: int) -> None:
+        super().__init__()
+        self.shape = (slots, classes)
+        self.narrow = nn.Linear(width, narrow)
+        self.out = nn.Linear(tokens * narrow, slots * classes)
+
+    def forward(self, x_NPC: Tensor) -> Tensor:
+        """(N, P, C) -> (N, slots, classes)."""
+        return self.out(F.gelu(self.narrow(x_NPC)).flatten(1)).unflatten(1, self.shape)
+
+
+class Distill(Objective):
+    """Teacher regression and supervised heads over the student's tokens. Each picture's loss is the sum of its terms.
+
+    Args:
+        width: C of the tokens.
+        tokens: P.
+        teacher: (D, pooled width), or None without a teacher.
+        spec: weights of the terms.
+    """
+
+    def __init__(self, width: int, tokens: int, teacher: tuple[int, int] | None, spec: DistillObjective) -> None:
+        super().__init__()
+        self.spec = spec
+        self.norm = nn.LayerNorm(width)
+        self.to_map = nn.Linear(width, teacher[0]) if teacher else None
+        self.to_pooled = nn.Linear(width, teacher[1]) if teacher else None
+        self.classes = nn.ModuleDict({name: nn.Linear(width, CLASSES[name]) for name in ("cifar10", "fashion")})
+        self.count = Reader(width, tokens, spec.narrow, 1, CLASSES["counting"])
+        self.letters = Reader(width, tokens, spec.narrow, MAX_LETTERS, ALPHABET)
+
+    def logits(self, x_NPC: Tensor, family: str) -> Tensor:
+        """Return (N, slots, classes) of the family's supervised head for normed tokens."""
+        if family == "words":
+            return self.letters(x_NPC)
+        if family == "counting":
+            return self.count(x_NPC)
+        return self.classes[family](x_NPC.mean(1))[:, None]
+
+    def loss(self, model: nn.Module, batch: DistillBatch) -> Loss:
+        """Return the loss of N pictures (weight N)."""
+        x_NPC = self.norm(model(batch.images_NSS3))
+        total = x_NPC.new_zeros((), dtype=torch.float32)
+        metrics: dict[str, tuple[Tensor | float, Tensor | float]] = {}
+        for family in sorted(set(batch.families)):
+            rows = batch.rows(family)
+            target_NL = batch.letters_NL[rows] if family == "words" else batch.labels_N[rows][:, None]
+            logits_NLK = self.logits(x_NPC[rows], family).float()
+            each = F.cross_entropy(
+                logits_NLK.flatten(0, 1), target_NL.flatten(), label_smoothing=self.spec.smoothing, reduction="sum"
+            )
+            # A word's letters are as many terms: their sum, scaled, so that reading is worth about one class.
+            scale = self.spec.letters if family == "words" else 1.0
+            total = total + scale * each
+            hits = (logits_NLK.argmax(-1) == target_NL).sum()
+            metrics[f"{family}/loss"] = (each.detach(), target_NL.numel())
+            metrics[f"{family}/accuracy"] = (hits, target_NL.numel())
+        taught = batch.taught_N.nonzero().flatten()
+        if self.to_map is not None and self.to_pooled is not None and len(taught):
+            t_NPC = x_NPC[taught]
+            near = _regress(self.to_map(t_NPC).float(), batch.map_NPD[taught])
+            pooled = _regress(self.to_pooled(t_NPC.mean(1)).float(), batch.pooled_NC[taught])
+            total = total + self.spec.map * near + self.spec.pooled * pooled
+            metrics["map/loss"] = (near.detach(), len(taught))
+            metrics["pooled/loss"] = (pooled.detach(), len(taught))
+        return Loss(total=total, weight=float(len(batch.families)), metrics=metrics)
+
+    def evaluate(self, model: nn.Module, source: Source) -> dict[str, float]:
+        """Return the heads' accuracy on the dev split by family; words by letter and by whole word."""
+        if not isinstance(source, DistillSource):
+            raise ConfigError(f"Distill needs a DistillSource, got {type(source).__name__}")
+        device = self.norm.weight.device
+        scores = {}
+        for family in sorted(f for f, w in source.weights.items() if w > 0):
+            batch = source.dev(family).to(device)
+            parts = [self.norm(model(part)) for part in batch.images_NSS3.split(100)]
+            guess_NL = torch.cat([self.logits(part, family).argmax(-1) for part in parts])
+            right_NL = guess_NL == (batch.letters_NL if family == "words" else batch.labels_N[:, None])
+            scores[family] = float(right_NL.all(1).float().mean())
+            if family == "words":
+                scores["letters"] = float(right_NL.float().mean())
+        return scores
+
+
+def _regress(guess: Tensor, target: Tensor) -> Tensor:
+    """Sum over pictures of smooth L1 (mean over all else) and cosine distance (mean over places)."""
+    close = F.smooth_l1_loss(guess, target, reduction="none").flatten(1).mean(1)
+    angle = 1 - F.cosine_similarity(guess, target, dim=-1)
+    return (close + angle.flatten(1).mean(1)).sum()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DistillObjective:
+    """Weights of the terms of ``Distill``."""
+
+    map: float = 1.0
+    pooled: float = 1.0
+    letters: float = 0.3
+    smoothing: float = 0.05
+    narrow: int = 48
+
+    def build(self, model: nn.Module, source: Source) -> Distill:
+        """Return the objective for a StudentModel and a DistillSource."""
+        if not isinstance(model, StudentModel) or not isinstance(source, DistillSource):
+            raise ConfigError("DistillObjective needs a StudentSpec model and DistillData")
+        return Distill(model.width, model.tokens, source.teacher_widths, self)
