@@ -34,6 +34,7 @@ lint: .venv/.stamp-dev
 	$(BIN)/pyright
 
 docs: .venv/.stamp-docs
+	$(BIN)/python docs/cli_reference.py
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
 
 bench: .venv/.stamp-dev
