@@ -123,8 +123,8 @@ def render_word(word: str, font_path: str, rng: np.random.Generator) -> tuple[np
     angle = float(rng.uniform(-5.0, 5.0))
     em, mask = _text_mask(word, font_path, float(rng.uniform(0.85, 1.0)), angle)
     height, width = mask.shape
-    y = int(rng.integers(0, SIZE - height + 1))
-    x = int(rng.integers(0, SIZE - width + 1))
+    y = int(rng.integers(1, SIZE - height))  # at least 1 px of background all around
+    x = int(rng.integers(1, SIZE - width))
     alpha = np.zeros((SIZE, SIZE), np.float32)
     alpha[y : y + height, x : x + width] = mask
     ink, paper = _colours(rng)

@@ -22,7 +22,7 @@ from PIL import Image
 
 from chiasm.errors import DataError
 
-__all__ = ["SIZE", "SPLITS", "Sample", "World", "build_cache", "load_cache", "resize_square", "write_jsonl"]
+__all__ = ["SIZE", "SPLITS", "Sample", "World", "build_cache", "cached", "load_cache", "resize_square", "write_jsonl"]
 
 #: Side of every native picture in pixels: one tile of chiasm-mini.
 SIZE = 64
@@ -216,6 +216,18 @@ def load_cache(path: str | Path) -> dict[str, np.ndarray]:
     if missing:
         raise DataError(f"{path} lacks {', '.join(sorted(missing))}: build it again with worlds.build_cache")
     return arrays
+
+
+def cached(world: World, folder: str | Path, n: int | None = None) -> dict[str, np.ndarray]:
+    """Return the arrays of ``build_cache`` for the first ``n`` samples, rendering them only the first time.
+
+    The file's name holds a digest of the world's manifest (for words also of the fonts), so a changed world never
+    reads an old cache.
+    """
+    count = len(world) if n is None else n
+    digest = hashlib.blake2s(json.dumps(world.manifest() | {"n": count}).encode(), digest_size=6).hexdigest()
+    path = Path(folder) / f"{world.family}-{world.split}-{world.seed}-{count}-{digest}.npz"
+    return load_cache(path if path.is_file() else build_cache(world, count, path))
 
 
 def resize_square(image: np.ndarray, size: int = SIZE) -> np.ndarray:
