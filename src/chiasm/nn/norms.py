@@ -1,8 +1,8 @@
 """Root-mean-square normalisation, computed in fp32 whatever the dtype of the model.
 
-Source: the norm of InternViT-6B and of every decoder family here (Qwen2, InternLM2, Llama): statistics and division
-in fp32, the result rounded to the input's dtype, and only then multiplied by the learned gain. The order matters in
-bf16: multiplying before rounding gives other last bits than the released models.
+Source: the norm of InternViT-6B and of every decoder family here (Qwen2, InternLM2, Llama): statistics and
+division in fp32, the result rounded to the input's dtype, and only then multiplied by the learned gain. The
+order matters in bf16: multiplying before rounding gives other last bits than the released models.
 
 Shape legend: D = features; the leading dimensions are free.
 """
@@ -25,7 +25,7 @@ def rms_norm(x_D: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Ten
         eps: added to the mean square.
     """
     if x_D.is_cuda:
-        # One fused kernel; without a gain it normalises in fp32 and rounds to the input's dtype, as wanted here.
+        # One fused kernel; without a gain it normalises in fp32 and rounds to the input's dtype, as wanted.
         return F.rms_norm(x_D, (x_D.shape[-1],), None, eps) * weight_D
     # On a CPU the composite of torch is slower than this: a dot product needs no (..., D) buffer of squares.
     h_D = x_D.float()

@@ -1,10 +1,10 @@
 """The block of a plain vision transformer, and what a patch grid needs: stochastic depth, position resizing.
 
 Source: InternViT as released (InternVL 1.5 to 2.5): pre-norm block with LayerScale and DropPath,
-``x += drop(attn(norm1(x)) * ls1)``, ``x += drop(mlp(norm2(x)) * ls2)``; fused ``qkv`` (rows q | k | v); optional
-QK-norm, an RMSNorm over the whole width *before* the split into heads; exact (erf) GELU.
+``x += drop(attn(norm1(x)) * ls1)`` and ``x += drop(mlp(norm2(x)) * ls2)``; fused ``qkv`` of rows q | k | v;
+optional QK-norm, an RMSNorm over the whole width *before* the split into heads; exact (erf) GELU.
 
-Shape legend: N images, T tokens of an image (1 + P), P patches, C width, H heads, D = C / H, R x Q patch grid.
+Shape legend: N images, T = 1 + P tokens, P patches, C width, H heads, D = C / H, R x Q patch grid.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 Source: InternVL 1.5 (arXiv 2404.16821) and 2.5 (arXiv 2412.05271, section 2 and Table 1). A plain pre-norm
 vision transformer with a class token, learned positions that are resampled for other image sizes, LayerScale,
-DropPath, and **no final norm**: what leaves the last layer is what the projector reads.
-Differs from the release in how a model that is trained from scratch starts: positions and weights have deviation
-0.02, where the released class draws positions with deviation 1. Loaded weights are not concerned.
+DropPath, and **no final norm**: what leaves the last layer is what the projector reads. Differs from the
+release in how a model that is trained from scratch starts: positions and weights have deviation 0.02, where
+the released class draws positions with deviation 1. Loaded weights are not concerned.
 
 Shape legend: N images, H x W pixels, P patches of an image, T = 1 + P tokens (class token first), C width.
 """
@@ -308,8 +308,8 @@ class InternViT(nn.Module):
         Args:
             pixels_N3HW: (N, channels, H, W) normalised pixels of any floating dtype (cast to that of the
                 weights); H and W whole patches, positions are resampled where they are not the native size.
-            select_layer: which hidden state to return, counted in a list of ``1 + layers`` states of which the
-                first is the embedding: -1 the last layer, -2 the one before it. Later layers are not run.
+            select_layer: which hidden state to return, counted in a list of ``1 + layers`` states that
+                begins with the embedding: -1 the last layer, -2 the one before it. Later layers are not run.
             checkpoint: recompute blocks in the backward pass; ``None`` takes the attribute.
 
         Returns:
@@ -328,14 +328,11 @@ class InternViT(nn.Module):
         Arguments, result shape and errors are those of `forward`.
         """
         depths = [self._depth(select) for select in select_layers]
-        keep = self.checkpoint if checkpoint is None else checkpoint
+        keep = torch.is_grad_enabled() and (self.checkpoint if checkpoint is None else checkpoint)
         x_NTC = self.embed(pixels_N3HW)
         kept = {0: x_NTC}
         for depth, layer in enumerate(self.layers[: max(depths)], start=1):
-            if keep and torch.is_grad_enabled():
-                x_NTC = recompute(layer, x_NTC, use_reentrant=False)
-            else:
-                x_NTC = layer(x_NTC)
+            x_NTC = recompute(layer, x_NTC, use_reentrant=False) if keep else layer(x_NTC)
             if depth in depths:
                 kept[depth] = x_NTC
         return tuple(kept[depth] for depth in depths)
