@@ -1,0 +1,63 @@
+"""Width and height of a picture, from its header where that is enough.
+
+Token counts need sizes only: a planner that counts a million samples must not decode a million pictures. The answer
+is always what `open_image` would give; where a header can not promise that, the picture is opened after all.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from chiasm.media.fetch import is_url, local_path
+from chiasm.media.image import MAX_PIXELS, ImageSource, _quiet_pillow, open_image
+
+__all__ = ["image_size"]
+
+# Formats whose header states the decoded size; TIFF is turned while it is decoded, icons hold several sizes.
+_PLAIN = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+_ORIENTATION_TAG = 0x0112
+_LYING = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
+
+
+def image_size(source: ImageSource, *, orient: bool = True) -> tuple[int, int]:
+    """(width, height) in pixels of what `open_image(source, orient=orient)` returns.
+
+    Raises:
+        ImageError: as `open_image`, except that damage behind the header goes unnoticed.
+    """
+    if isinstance(source, np.ndarray):
+        return open_image(source).size
+    if isinstance(source, Image.Image):
+        return _upright(source) if orient else source.size
+    if isinstance(source, str | Path) and not (isinstance(source, str) and is_url(source)):
+        found = _from_header(local_path(source), orient)
+        if found is not None:
+            return found
+    return open_image(source, orient=orient).size
+
+
+def _from_header(path: Path, orient: bool) -> tuple[int, int] | None:
+    """None where the header does not tell, or the file is not as it should be (`open_image` then says why)."""
+    if not os.path.isfile(path):
+        return None
+    # Whatever is wrong here, opening the picture finds it again and names it.
+    try:
+        with _quiet_pillow(), Image.open(path, formats=_PLAIN) as image:
+            if image.format not in _PLAIN or not 0 < image.width * image.height <= MAX_PIXELS:
+                return None
+            return _upright(image) if orient else image.size
+    except Exception:
+        return None
+
+
+def _upright(image: Image.Image) -> tuple[int, int]:
+    width, height = image.size
+    try:
+        lying = image.getexif().get(_ORIENTATION_TAG, 1) in _LYING
+    except Exception:  # a damaged EXIF block turns nothing
+        lying = False
+    return (height, width) if lying else (width, height)
