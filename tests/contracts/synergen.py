@@ -64,12 +64,16 @@ class UnfoldHead(nn.Module):
             weight = total.new_tensor(float(target.numel()))
         return LossParts({**parts, "codes": LossPart(total, weight, scale=2.0)})
 
+    def begin(self, prompts: list[Sequence], cache: ModelCache) -> None:
+        for doc, prompt in enumerate(prompts):  # draws at once when the prompt ends in <boi>
+            cache.state[doc] = 0 if int(prompt.ids_T[-1]) == BOI else -1
+
     def step(self, hidden_NC: Tensor, docs: list[int], pick: Pick, cache: ModelCache) -> Emission:
         ids: list[int | None] = []
         codes: list[list[int] | None] = []
         pair = self.guidance != 1.0
         for n, doc in enumerate(docs):
-            drawn = cache.state.get(doc, -1)  # -1: writing text, else groups drawn so far
+            drawn = cache.state[doc]  # -1: writing text, else groups drawn so far
             if 0 <= drawn < GROUPS:
                 if pair and doc % 2:  # the unconditional twin repeats what its partner drew
                     codes.append(codes[-1])
@@ -125,18 +129,9 @@ def documents(train: bool) -> list[Sequence]:
     return [document([1, 2, BOI], {}, train=False), document(seen, {"codes": image}, train=False)]
 
 
-class DrawingVLM(CausalVLM):
-    """Starts drawing when the prompt ends in <boi>."""
-
-    def new_cache(self, slots: int = 1, *, capacity: int = 0) -> ModelCache:
-        cache = super().new_cache(slots, capacity=capacity)
-        cache.state[0] = 0
-        return cache
-
-
 def build(guidance: float = 1.0) -> CausalVLM:
     trunk = build_decoder(LANGUAGE, ffn=lambda i: Routed(SwiGLU(WIDTH, 24), {CODES: SwiGLU(WIDTH, 24)}))
-    return initialise(DrawingVLM(FoldEmbedder(), trunk, UnfoldHead(guidance)))
+    return initialise(CausalVLM(FoldEmbedder(), trunk, UnfoldHead(guidance)))
 
 
 SKELETON = Skeleton("synergen", build, documents)

@@ -18,7 +18,13 @@ from tests.contracts import hovle, internvl, more3d, pvc, synergen
 from tests.contracts.skeleton import Skeleton
 
 SKELETONS = [internvl.SKELETON, pvc.SKELETON, hovle.PRE, hovle.POST, synergen.SKELETON, more3d.SKELETON]
-TIGHT = {"rtol": 1e-10, "atol": 1e-10}  # float64
+
+
+def assert_same(got: torch.Tensor, expected: torch.Tensor, what: str = "") -> None:
+    """Equal to 1e-5 of the largest value: statistics and losses are summed in fp32 whatever the model's dtype."""
+    got, expected = got.detach(), expected.detach()
+    error = float((got - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+    assert error <= 1e-5, f"{what}: relative error {error:.1e}"
 
 
 @pytest.fixture(params=SKELETONS, ids=lambda s: s.name)
@@ -54,12 +60,12 @@ def test_packed_equals_separate_in_loss_and_gradient(skeleton: Skeleton) -> None
     for name in names:
         parts = [loss.parts[name] for loss in apart if name in loss.parts]
         total, weight = sum(p.total for p in parts), sum(p.weight for p in parts)
-        torch.testing.assert_close(packed.parts[name].total, total, **TIGHT)
+        assert_same(packed.parts[name].total, total, name)
         mean = mean + parts[0].scale * total / weight
     mean.backward()
     assert together.keys() == gradients(model).keys()
     for name, gradient in gradients(model).items():
-        torch.testing.assert_close(together[name], gradient, **TIGHT, msg=lambda m, n=name: f"{n}: {m}")
+        assert_same(together[name], gradient, name)
 
 
 def extend(prompt: Sequence, rows: Sequence) -> Sequence:
@@ -71,7 +77,10 @@ def extend(prompt: Sequence, rows: Sequence) -> Sequence:
 def decode_without_cache(skeleton: Skeleton, prompt: Sequence, doc: int) -> list[tuple[int | None, list[int] | None]]:
     """The slow twin: read everything again for every emission (only the head's own state is carried along)."""
     model = skeleton.build()
-    cache = model.new_cache(doc + 1)
+    cache = model.new_cache(1)
+    if hasattr(model.head, "begin"):
+        model.head.begin([prompt], cache)
+        cache.state[doc] = cache.state[0]
     out = []
     with torch.inference_mode():
         for _ in range(skeleton.limit):
@@ -110,14 +119,12 @@ def test_documents_that_end_leave_the_others_unchanged(skeleton: Skeleton) -> No
 
 
 def test_sampling_does_not_depend_on_the_batch(skeleton: Skeleton) -> None:
-    prompts = skeleton.documents(False)[1:]
-    if skeleton.name == "synergen":
-        pytest.skip("document 0 is the drawing one by construction of the skeleton")
+    prompts = skeleton.documents(False)
     samplings = [Sampling(temperature=1.0, top_p=0.9, seed=s) for s in range(len(prompts))]
     together = run(Decoding(skeleton.build(), prompts, limit=5, sampling=samplings), len(prompts))
     for doc, prompt in enumerate(prompts):
         alone = run(Decoding(skeleton.build(), [prompt], limit=5, sampling=samplings[doc]), 1)
-        assert [e.id for e in alone[0]] == [e.id for e in together[doc]]
+        assert [(e.id, e.codes) for e in alone[0]] == [(e.id, e.codes) for e in together[doc]]
 
 
 def test_save_and_load(skeleton: Skeleton, tmp_path: Path) -> None:
@@ -146,9 +153,7 @@ def test_guided_pairs_draw_the_same_codes_from_mixed_logits() -> None:
 
     def draw(guidance: float) -> list[list[Event]]:
         model = synergen.build(guidance)
-        decoding = Decoding(model, [a, b], limit=2)
-        decoding._cache.state[1] = 0
-        return run(decoding, 2)
+        return run(Decoding(model, [a, b], limit=2), 2)
 
     guided = draw(3.0)
     assert [e.codes for e in guided[0]] == [e.codes for e in guided[1]]
@@ -167,4 +172,4 @@ def test_hidden_states_of_written_tokens_give_masks() -> None:
         states = model.hidden(written)[len(prompt) :]
         dense = embedded.features["points"].expand(len(states), -1, -1)
         kept = torch.stack([e.hidden for e in events[1:] if e.hidden is not None])
-        torch.testing.assert_close(model.head.masks(kept, dense), model.head.masks(states, dense), **TIGHT)
+        assert_same(model.head.masks(kept, dense), model.head.masks(states, dense))

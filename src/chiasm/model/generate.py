@@ -94,6 +94,9 @@ class Decoding:
         self._live = list(range(n))
         self._cache = model.new_cache(n, capacity=max(len(p) + m for p, m in zip(prompts, limits, strict=True)))
         self._next: Sequence | None = Sequence.pack(list(prompts))
+        begin = getattr(model.head, "begin", None)  # heads with a memory of their own look at the prompts
+        if begin:
+            begin(list(prompts), self._cache)
 
     @property
     def live(self) -> list[int]:

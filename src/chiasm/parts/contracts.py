@@ -117,7 +117,11 @@ class Trunk(Protocol):
 
 
 class Head(Protocol):
-    """Reads hidden states: a training loss over a whole sequence, or the next emission of N documents."""
+    """Reads hidden states: a training loss over a whole sequence, or the next emission of N documents.
+
+    A head with a state of its own also has `begin(prompts, cache)`, called once before the first step: it fills
+    `cache.state[document]` from the prompts.
+    """
 
     def loss(self, hidden_TC: Tensor, sequence: Sequence, features: dict[str, Tensor]) -> LossParts: ...
 
