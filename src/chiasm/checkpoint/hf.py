@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import Any
 
 __all__ = [
+    "HF_VISION_CONSTANTS",
     "HF_VISION_DEFAULTS",
     "LANGUAGE_DEFAULTS",
     "rope_keys_of_4",
@@ -153,7 +154,7 @@ HF_VISION_DEFAULTS: dict[str, Any] = {
 }
 """What `InternVLVisionConfig` takes for absent keys: saved sub-configs may leave out what equals them."""
 
-_CONSTANT = {
+HF_VISION_CONSTANTS: dict[str, Any] = {
     "projection_dropout": 0.0,
     "use_mask_token": False,
     "use_absolute_position_embeddings": True,
@@ -202,7 +203,7 @@ def vision_to_hf(vision: dict[str, Any], extras: dict[str, Any]) -> dict[str, An
     public = {hf: vision[original] for original, hf in _VISION_KEYS.items()}
     for name in ("patch_size", "image_size"):
         public[name] = [public[name], public[name]]
-    return {"model_type": "internvl_vision", **_CONSTANT, **public, **extras}
+    return {"model_type": "internvl_vision", **HF_VISION_CONSTANTS, **public, **extras}
 
 
 def rope_keys_of_4(language: dict[str, Any]) -> dict[str, Any]:

@@ -132,6 +132,9 @@ class CheckpointReader:
     def __contains__(self, key: object) -> bool:
         return key in self._shard_of
 
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shard_of)
+
     def __len__(self) -> int:
         return len(self._shard_of)
 
@@ -312,7 +315,9 @@ def write_safetensors(
         if name in header:
             raise CheckpointError(f"tensor name {name} occurs twice or is reserved: rename one")
         if tensor.dtype not in _CODES:
-            raise CheckpointError(f"tensor {name} has dtype {tensor.dtype}, which safetensors cannot hold: cast it")
+            raise CheckpointError(
+                f"tensor {name} has dtype {tensor.dtype}, which safetensors cannot hold: cast it"
+            )
         begin, end = end, end + tensor.numel() * tensor.element_size()
         header[name] = {
             "dtype": _CODES[tensor.dtype],
@@ -329,7 +334,7 @@ def write_safetensors(
             for _, tensor in ordered:
                 flat = tensor.detach().to("cpu").contiguous().reshape(-1)
                 if flat.numel():
-                    file.write(memoryview(flat.view(torch.uint8).numpy()))
+                    file.write(flat.view(torch.uint8).numpy().data)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
@@ -430,9 +435,7 @@ def _write_shards(
     return Written(folder=target, shards=names, tensors=len(shard_of), bytes=total)
 
 
-def _batches(
-    tensors: Iterable[tuple[str, Tensor]], max_bytes: int
-) -> Iterator[list[tuple[str, Tensor]]]:
+def _batches(tensors: Iterable[tuple[str, Tensor]], max_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
     batch: list[tuple[str, Tensor]] = []
     held = 0
     for name, tensor in tensors:
@@ -476,10 +479,14 @@ def _check_target(target: Path, force: bool) -> None:
     if not any(target.iterdir()):
         return
     if not force:
-        raise CheckpointError(f"{target} exists and is not empty: choose another folder, or force to replace it")
+        raise CheckpointError(
+            f"{target} exists and is not empty: choose another folder, or force to replace it"
+        )
     # Forcing replaces a checkpoint; it must never empty a home folder that was named by mistake.
     if not (target / CONFIG).is_file() or any(entry.is_dir() for entry in target.iterdir()):
-        raise CheckpointError(f"{target} is not a checkpoint folder, so it is not replaced: choose another folder")
+        raise CheckpointError(
+            f"{target} is not a checkpoint folder, so it is not replaced: choose another folder"
+        )
 
 
 def _move_into_place(temporary: Path, target: Path) -> None:

@@ -1,0 +1,418 @@
+"""InternVLPublicConfig: what a released `config.json` says, in one spelling for both public layouts.
+
+Source: the configuration classes of `InternVLChatModel` (InternVL 2.5, arXiv 2412.05271) and of transformers'
+`InternVLForConditionalGeneration`, with their defaults for absent keys. The neutral spelling is the original's.
+
+Nothing of a file is lost. Keys that mean nothing here are kept verbatim, and what a layout has no word for travels
+under one key of its file: `original_config` in a `-hf` file, `hf_config` in an original one. Readers of either
+layout skip that key; converting back takes it up again.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from chiasm.checkpoint.hf import (
+    HF_VISION_CONSTANTS,
+    LANGUAGE_DEFAULTS,
+    rope_keys_of_4,
+    vision_from_hf,
+    vision_to_hf,
+)
+from chiasm.checkpoint.original import AUTO_MAP, TOP_DEFAULTS, complete_vision
+from chiasm.checkpoint.store import CONFIG, read_json
+from chiasm.errors import CheckpointError, ConfigError
+from chiasm.parts.language.config import FAMILIES, LanguageConfig
+from chiasm.parts.vision.internvit import InternViTConfig
+
+__all__ = ["InternVLPublicConfig", "is_internvl", "language_from_public", "read_config"]
+
+_HF_TOP = (
+    "architectures",
+    "model_type",
+    "text_config",
+    "vision_config",
+    "image_token_id",
+    "image_seq_length",
+    "downsample_ratio",
+    "vision_feature_layer",
+    "vision_feature_select_strategy",
+    "projector_hidden_act",
+    "tie_word_embeddings",
+    "torch_dtype",
+    "dtype",
+    "original_config",
+)
+_ORIGINAL_TOP = (
+    "architectures",
+    "model_type",
+    "llm_config",
+    "vision_config",
+    "tie_word_embeddings",
+    "torch_dtype",
+    "dtype",
+    "hf_config",
+    *TOP_DEFAULTS,
+)
+_VISION_INTEGERS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_channels",
+    "patch_size",
+    "image_size",
+)
+_LANGUAGE_INTEGERS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+)
+# Of an original llm_config, what text_config shares with it; the rest is kept aside when writing `-hf`, because
+# transformers 5 reads some old keys as orders (auto_map, attention implementations, generation settings).
+_SHARED_LANGUAGE_KEYS = frozenset(
+    (
+        "model_type",
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "hidden_act",
+        "max_position_embeddings",
+        "initializer_range",
+        "rms_norm_eps",
+        "use_cache",
+        "tie_word_embeddings",
+        "rope_theta",
+        "rope_scaling",
+        "rope_parameters",
+        "attention_bias",
+        "attention_dropout",
+        "mlp_bias",
+        "pretraining_tp",
+        "use_sliding_window",
+        "sliding_window",
+        "max_window_layers",
+        "layer_types",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+    )
+)
+)
+
+
+def is_internvl(config: Mapping[str, Any]) -> bool:
+    """Whether a ``config.json`` describes an InternVL model, in either layout."""
+    return config.get("model_type") in ("internvl_chat", "internvl") or "vision_config" in config
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InternVLPublicConfig:
+    """The facts of an InternVL ``config.json``.
+
+    Attributes:
+        vision: vision config in the original's spelling, every shaping key present.
+        llm: language config as transformers spells it, verbatim.
+        downsample_ratio: side of the token grid over side of the patch grid.
+        ps_version: pixel unshuffle, ``"v1"`` (rows and columns swapped) or ``"v2"``.
+        select_layer: hidden state of the encoder that is read.
+        force_image_size: side of a tile in pixels; None means that of the encoder.
+        dynamic_image_size: cut images into tiles.
+        use_thumbnail: add the whole image as one more tile when there are several.
+        min_dynamic_patch: fewest tiles of an image.
+        max_dynamic_patch: most tiles of an image.
+        pad2square: pad an image to a square before resizing.
+        template: name of the chat template.
+        system_message: replaces the template's own.
+        tie_words: what the file says about sharing word table and output matrix; the tensors decide (an original
+            checkpoint is untied whenever it holds an output matrix).
+        image_token_id: id of ``<IMG_CONTEXT>``; only the `-hf` layout writes it down.
+        dtype: element type of the weights by its name (``"bfloat16"``).
+        original_extras: keys that only the original layout has (nested: vision_config, llm_config).
+        hf_extras: keys that only the `-hf` layout has (nested: vision_config, text_config).
+    """
+
+    vision: dict[str, Any]
+    llm: dict[str, Any]
+    downsample_ratio: float = 0.5
+    ps_version: str = "v1"
+    select_layer: int = -1
+    force_image_size: int | None = None
+    dynamic_image_size: bool = False
+    use_thumbnail: bool = False
+    min_dynamic_patch: int = 1
+    max_dynamic_patch: int = 6
+    pad2square: bool = False
+    template: str | None = None
+    system_message: str | None = None
+    tie_words: bool = False
+    image_token_id: int | None = None
+    dtype: str | None = None
+    original_extras: dict[str, Any] = field(default_factory=dict)
+    hf_extras: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_integers("vision_config", self.vision, _VISION_INTEGERS)
+        _check_integers("language config", self.llm, _LANGUAGE_INTEGERS)
+        ratio = self.downsample_ratio
+        if not isinstance(ratio, int | float) or not 0 < ratio <= 1:
+            raise ConfigError(f"downsample_ratio is {ratio!r}: it must be in (0, 1], 0.5 in all releases")
+        if self.ps_version not in ("v1", "v2"):
+            raise ConfigError(f"ps_version is {self.ps_version!r}: it must be 'v1' or 'v2'")
+        if not isinstance(self.select_layer, int):
+            raise ConfigError(
+                f"the encoder layer to read is {self.select_layer!r}: one integer is supported, -1 in all releases"
+            )
+        low, high = self.min_dynamic_patch, self.max_dynamic_patch
+        if not isinstance(low, int) or not isinstance(high, int) or not 1 <= low <= high:
+            raise ConfigError(
+                f"min_dynamic_patch {low!r} and max_dynamic_patch {high!r}: 1 <= min <= max is needed"
+            )
+
+    @property
+    def image_size(self) -> int:
+        """Side of a tile in pixels."""
+        return self.force_image_size or self.vision["image_size"]
+
+    @property
+    def tokens_per_tile(self) -> int:
+        """Context tokens that one tile takes in the text."""
+        side = self.image_size // self.vision["patch_size"]
+        return int(side * side * self.downsample_ratio**2)
+
+    def vision_config(self) -> InternViTConfig:
+        """The encoder's own configuration; ConfigError where it is not an InternViT."""
+        extras = self.original_extras.get("vision_config", {})
+        return InternViTConfig.from_public({**extras, **self.vision}, "original")
+
+    def language_config(self, *, tie_words: bool | None = None) -> LanguageConfig:
+        """The decoder's own configuration; ConfigError where its family is not supported.
+
+        Args:
+            tie_words: overrides what the file says, for callers that have looked at the tensors.
+        """
+        return language_from_public(self.llm, tie_words=self.tie_words if tie_words is None else tie_words)
+
+    @classmethod
+    def from_original(cls, config: Mapping[str, Any]) -> InternVLPublicConfig:
+        """From the ``config.json`` of an `InternVLChatModel`.
+
+        Raises:
+            ConfigError: a section is missing or a value is out of range.
+        """
+        config = copy.deepcopy(dict(config))
+        vision, vision_extras = complete_vision(_section(config, "vision_config"))
+        llm = _section(config, "llm_config")
+        extras = {key: value for key, value in config.items() if key not in _ORIGINAL_TOP}
+        kept = {
+            "vision_config": vision_extras,
+            "llm_config": {key: value for key, value in llm.items() if key not in _SHARED_LANGUAGE_KEYS},
+        }
+        llm = {key: value for key, value in llm.items() if key in _SHARED_LANGUAGE_KEYS}
+        llm.setdefault("model_type", _model_type(kept["llm_config"].get("architectures")))
+        hf_extras = config.get("hf_config") or {}
+        return cls(
+            vision=vision,
+            llm=llm,
+            tie_words=bool(config.get("tie_word_embeddings") or llm.get("tie_word_embeddings")),
+            image_token_id=hf_extras.pop("image_token_id", None),
+            dtype=config.get("torch_dtype") or config.get("dtype"),
+            original_extras={**extras, **{key: value for key, value in kept.items() if value}},
+            hf_extras=hf_extras,
+            **{key: config.get(key, default) for key, default in TOP_DEFAULTS.items()},
+        )
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> InternVLPublicConfig:
+        """From the ``config.json`` of an `InternVLForConditionalGeneration`, of any transformers release.
+
+        Facts that this layout leaves to its processor (tiling) take that processor's defaults unless the file
+        carries an ``original_config``.
+
+        Raises:
+            ConfigError: a section is missing, or the file asks for what InternVL does not do.
+        """
+        config = copy.deepcopy(dict(config))
+        strategy = config.get("vision_feature_select_strategy", "default")
+        if strategy != "default":
+            raise ConfigError(
+                f"vision_feature_select_strategy {strategy!r} keeps the class token: only 'default' is supported"
+            )
+        act = config.get("projector_hidden_act", "gelu")
+        if act != "gelu":
+            raise ConfigError(f"projector_hidden_act {act!r} is not supported: InternVL's projector uses 'gelu'")
+        section = _section(config, "vision_config")
+        for key, expected in HF_VISION_CONSTANTS.items():
+            if section.get(key, expected) != expected and key != "projection_dropout":
+                raise ConfigError(f"vision_config {key} is {section[key]!r}: an InternViT has {expected!r}")
+        vision, vision_extras = vision_from_hf(section)
+        text = _section(config, "text_config")
+        llm = {key: value for key, value in text.items() if key in _SHARED_LANGUAGE_KEYS}
+        text_extras = {key: value for key, value in text.items() if key not in _SHARED_LANGUAGE_KEYS}
+        llm.setdefault("model_type", _model_type(text_extras.get("architectures")))
+        extras = {key: value for key, value in config.items() if key not in _HF_TOP}
+        kept = {"vision_config": vision_extras, "text_config": text_extras}
+        extras |= {key: value for key, value in kept.items() if value}
+        original = config.get("original_config") or {}
+        top = {**TOP_DEFAULTS, "ps_version": "v2", "dynamic_image_size": True, "use_thumbnail": True}
+        top |= {"max_dynamic_patch": 12, "template": "internvl2_5"}
+        top = {key: original.pop(key, default) for key, default in top.items()}
+        top["downsample_ratio"] = config.get("downsample_ratio", 0.5)
+        top["select_layer"] = config.get("vision_feature_layer", -1)
+        # The top-level flag is what transformers obeys; its class default is true.
+        tie = config.get("tie_word_embeddings", llm.get("tie_word_embeddings", True))
+        return cls(
+            vision=vision,
+            llm=llm,
+            tie_words=bool(tie),
+            image_token_id=config.get("image_token_id"),
+            dtype=config.get("dtype") or config.get("torch_dtype"),
+            original_extras=original,
+            hf_extras=extras,
+            **top,
+        )
+
+    def to_original(self) -> dict[str, Any]:
+        """The ``config.json`` of an `InternVLChatModel`; it is untied, whatever the source was."""
+        extras = copy.deepcopy(self.original_extras)
+        vision_extras = extras.pop("vision_config", {"architectures": ["InternVisionModel"]})
+        llm_extras = extras.pop("llm_config", {})
+        llm = rope_keys_of_4(copy.deepcopy(self.llm))
+        architecture, _ = FAMILIES.get(str(llm.get("model_type")), (None, None))
+        if architecture is not None:
+            llm_extras.setdefault("architectures", [architecture])
+        out: dict[str, Any] = {
+            "architectures": ["InternVLChatModel"],
+            "model_type": "internvl_chat",
+            "auto_map": AUTO_MAP,
+            **{key: getattr(self, key) for key in TOP_DEFAULTS},
+            "tie_word_embeddings": False,
+            "torch_dtype": self.dtype,
+            **extras,
+            "llm_config": {**llm_extras, **llm, "tie_word_embeddings": False},
+            "vision_config": {"model_type": "intern_vit_6b", **self.vision, **vision_extras},
+        }
+        hf_extras = copy.deepcopy(self.hf_extras)
+        if self.image_token_id is not None:
+            hf_extras["image_token_id"] = self.image_token_id
+        if hf_extras:
+            out["hf_config"] = hf_extras
+        return _without_none(out, ("template", "system_message", "torch_dtype"))
+
+    def to_hf(self, *, old: bool = False) -> dict[str, Any]:
+        """The ``config.json`` of an `InternVLForConditionalGeneration`.
+
+        Args:
+            old: spell dtype and rotary keys as transformers before 5 reads them.
+
+        Raises:
+            ConfigError: the layout cannot express the model (v1 unshuffle), or ``image_token_id`` is not known.
+        """
+        if self.ps_version != "v2":
+            raise ConfigError(
+                "ps_version is 'v1': the -hf layout knows only v2 and would read the image tokens transposed"
+            )
+        if self.image_token_id is None:
+            raise ConfigError("the -hf layout needs the id of <IMG_CONTEXT>: give image_token_id")
+        extras = copy.deepcopy(self.hf_extras)
+        vision = vision_to_hf(copy.deepcopy(self.vision), extras.pop("vision_config", {}))
+        text_extras = extras.pop("text_config", {})
+        llm = copy.deepcopy(self.llm)
+        if old:
+            llm = rope_keys_of_4(llm)
+        original = {key: getattr(self, key) for key in TOP_DEFAULTS}
+        for key in ("downsample_ratio", "select_layer"):  # the layout has words for these
+            del original[key]
+        return _without_none(
+            {
+                "architectures": ["InternVLForConditionalGeneration"],
+                "model_type": "internvl",
+                "image_token_id": self.image_token_id,
+                "image_seq_length": self.tokens_per_tile,
+                "downsample_ratio": self.downsample_ratio,
+                "vision_feature_layer": self.select_layer,
+                "vision_feature_select_strategy": "default",
+                "projector_hidden_act": "gelu",
+                "tie_word_embeddings": self.tie_words,
+                "torch_dtype" if old else "dtype": self.dtype,
+                **extras,
+                "text_config": {**llm, **text_extras, "tie_word_embeddings": self.tie_words},
+                "vision_config": vision,
+                "original_config": {**original, **copy.deepcopy(self.original_extras)},
+            },
+            ("torch_dtype", "dtype"),
+        )
+
+
+def language_from_public(config: Mapping[str, Any], *, tie_words: bool | None = None) -> LanguageConfig:
+    """LanguageConfig from a transformers-style dict, class defaults of its family filled in.
+
+    Args:
+        config: a language model's ``config.json``, or the language section of a larger one.
+        tie_words: overrides the config's own flag.
+
+    Raises:
+        ConfigError: the family is not supported, or a value is out of range.
+    """
+    kind = config.get("model_type") or _model_type(config.get("architectures"))
+    filled = {**LANGUAGE_DEFAULTS.get(str(kind), {}), **config}
+    if tie_words is not None:
+        filled["tie_word_embeddings"] = tie_words
+    return LanguageConfig.from_public(filled)
+
+
+def read_config(folder: str | Path) -> InternVLPublicConfig:
+    """Read the ``config.json`` of an InternVL checkpoint folder, in either layout.
+
+    Raises:
+        CheckpointError: the file is missing or malformed, or describes another kind of model.
+        ConfigError: it asks for what InternVL does not do.
+    """
+    folder = Path(folder)
+    path = folder / CONFIG
+    if not path.is_file():
+        raise CheckpointError(f"{folder} has no {CONFIG}: give the folder of a checkpoint")
+    config = read_json(path)
+    if not is_internvl(config):
+        raise CheckpointError(
+            f"{path} describes {config.get('model_type')!r}, not an InternVL model (internvl_chat or internvl)"
+        )
+    if "llm_config" in config or config.get("model_type") == "internvl_chat":
+        return InternVLPublicConfig.from_original(config)
+    return InternVLPublicConfig.from_hf(config)
+
+
+def _section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    section = config.get(name)
+    if not isinstance(section, dict):
+        raise ConfigError(f"the config has no {name} section: it is not the config.json of a whole InternVL model")
+    return section
+
+
+def _check_integers(name: str, section: Mapping[str, Any], keys: tuple[str, ...]) -> None:
+    for key in keys:
+        value = section.get(key)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise ConfigError(f"{name} {key} is {value!r}: a positive integer is needed")
+
+
+def _model_type(architectures: Any) -> str | None:
+    first = architectures[0] if isinstance(architectures, list) and architectures else None
+    return next((kind for architecture, kind in FAMILIES.values() if architecture == first), None)
+
+
+def _without_none(config: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if not (key in keys and value is None)}
