@@ -111,7 +111,6 @@ _SHARED_LANGUAGE_KEYS = frozenset(
         "pad_token_id",
     )
 )
-)
 
 
 def is_internvl(config: Mapping[str, Any]) -> bool:
@@ -253,7 +252,9 @@ class InternVLPublicConfig:
             )
         act = config.get("projector_hidden_act", "gelu")
         if act != "gelu":
-            raise ConfigError(f"projector_hidden_act {act!r} is not supported: InternVL's projector uses 'gelu'")
+            raise ConfigError(
+                f"projector_hidden_act {act!r} is not supported: InternVL's projector uses 'gelu'"
+            )
         section = _section(config, "vision_config")
         for key, expected in HF_VISION_CONSTANTS.items():
             if section.get(key, expected) != expected and key != "projection_dropout":
@@ -398,7 +399,9 @@ def read_config(folder: str | Path) -> InternVLPublicConfig:
 def _section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     section = config.get(name)
     if not isinstance(section, dict):
-        raise ConfigError(f"the config has no {name} section: it is not the config.json of a whole InternVL model")
+        raise ConfigError(
+            f"the config has no {name} section: it is not the config.json of a whole InternVL model"
+        )
     return section
 
 
