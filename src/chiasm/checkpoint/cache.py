@@ -17,9 +17,9 @@ _ENVIRONMENT = "CHIASM_CACHE"
 def cache_dir() -> Path:
     """Return the absolute path of Chiasm's cache folder; it is not created here.
 
-    ``CHIASM_CACHE`` names the folder itself. Without it: ``$XDG_CACHE_HOME/chiasm`` or ``~/.cache/chiasm`` on Linux,
-    ``~/Library/Caches/chiasm`` on macOS, ``%LOCALAPPDATA%\\chiasm`` on Windows. The variable only says where things
-    are stored, never what they contain.
+    ``CHIASM_CACHE`` names the folder itself. Without it, ``chiasm`` in ``$XDG_CACHE_HOME`` or ``~/.cache`` on Linux,
+    in ``~/Library/Caches`` on macOS, in ``%LOCALAPPDATA%`` on Windows. The variable only says where things are
+    stored, never what they contain.
     """
     chosen = os.environ.get(_ENVIRONMENT, "").strip()
     if chosen:

