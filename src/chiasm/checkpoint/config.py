@@ -58,6 +58,9 @@ _ORIGINAL_TOP = (
     "hf_config",
     *TOP_DEFAULTS,
 )
+_HF_TEMPLATE = "internvl-hf"
+"""The chat format of `-hf` checkpoints: that of InternVL 2.5 without a system message."""
+
 _VISION_INTEGERS = (
     "hidden_size",
     "intermediate_size",
@@ -269,7 +272,7 @@ class InternVLPublicConfig:
         extras |= {key: value for key, value in kept.items() if value}
         original = config.get("original_config") or {}
         top = {**TOP_DEFAULTS, "ps_version": "v2", "dynamic_image_size": True, "use_thumbnail": True}
-        top |= {"max_dynamic_patch": 12, "template": "internvl2_5"}
+        top |= {"max_dynamic_patch": 12, "template": _HF_TEMPLATE}
         top = {key: original.pop(key, default) for key, default in top.items()}
         top["downsample_ratio"] = config.get("downsample_ratio", 0.5)
         top["select_layer"] = config.get("vision_feature_layer", -1)
@@ -288,6 +291,9 @@ class InternVLPublicConfig:
 
     def to_original(self) -> dict[str, Any]:
         """The ``config.json`` of an `InternVLChatModel`; it is untied, whatever the source was."""
+        top = {key: getattr(self, key) for key in TOP_DEFAULTS}
+        if self.template == _HF_TEMPLATE:  # the remote code knows the same turns under its own name
+            top |= {"template": "internvl2_5", "system_message": self.system_message or ""}
         extras = copy.deepcopy(self.original_extras)
         vision_extras = extras.pop("vision_config", {"architectures": ["InternVisionModel"]})
         llm_extras = extras.pop("llm_config", {})
@@ -299,7 +305,7 @@ class InternVLPublicConfig:
             "architectures": ["InternVLChatModel"],
             "model_type": "internvl_chat",
             "auto_map": AUTO_MAP,
-            **{key: getattr(self, key) for key in TOP_DEFAULTS},
+            **top,
             "tie_word_embeddings": False,
             "torch_dtype": self.dtype,
             **extras,

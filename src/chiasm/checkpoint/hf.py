@@ -219,6 +219,6 @@ def rope_keys_of_4(language: dict[str, Any]) -> dict[str, Any]:
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if "rope_theta" in rope:
         out.setdefault("rope_theta", rope["rope_theta"])
-    # Both spellings of the type: 4.37, which the remote code pins, knows only `type`.
-    out.setdefault("rope_scaling", None if kind == "default" else {"type": kind, "rope_type": kind, **rest})
+    # 4.37, which the remote code pins, knows only `type` and counts the keys; later releases still read it.
+    out.setdefault("rope_scaling", None if kind == "default" else {"type": kind, **rest})
     return out

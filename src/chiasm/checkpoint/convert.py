@@ -1,0 +1,320 @@
+"""Convert an InternVL checkpoint between its public layouts: original, `-hf` and the older `-hf` prefix.
+
+Source: the layouts' own specifications in `original.py` and `hf.py`. Tensors stream from mapped files to shards and
+keep every bit; the config keeps every key (see `config.py`); the tokenizer travels along, with the few facts that
+each layout wants elsewhere: the id of `<IMG_CONTEXT>`, the processor's settings, the token that ends an answer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from chiasm.checkpoint.adapters import OpenedCheckpoint, adapter_for, open_checkpoint
+from chiasm.checkpoint.config import InternVLPublicConfig
+from chiasm.checkpoint.preprocess import IMAGE_PROCESSOR, PROCESSOR, preprocessor_files, read_tile_policy
+from chiasm.checkpoint.store import read_json, write_checkpoint
+from chiasm.errors import CheckpointError, ConfigError, UsageError
+from chiasm.text.templates import TEMPLATES
+
+__all__ = ["ConvertReport", "Target", "added_tokens", "convert"]
+
+Target = Literal["original", "hf", "hf-old"]
+
+GENERATION = "generation_config.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+CHAT_TEMPLATE = "chat_template.jinja"
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    TOKENIZER_CONFIG,
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+)
+_PROCESSOR_FILES = (IMAGE_PROCESSOR, PROCESSOR, "video_preprocessor_config.json")
+# Names under which the processor of transformers asks its tokenizer for these tokens.
+_NAMED_TOKENS = {
+    "start_image_token": "<img>",
+    "end_image_token": "</img>",
+    "context_image_token": "<IMG_CONTEXT>",
+    "video_token": "<video>",
+}
+# ChatML as the processor of transformers wants it: one context token a picture, which it multiplies itself.
+_HF_CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+{{- '<|im_start|>' + message['role'] + '\\n' -}}
+{%- if message['content'] is string -%}
+{{- message['content'] -}}
+{%- else -%}
+{%- for part in message['content'] -%}
+{%- if part['type'] == 'image' -%}{{- '<IMG_CONTEXT>\\n' -}}
+{%- elif part['type'] == 'video' -%}{{- '<video>\\n' -}}
+{%- elif part['type'] == 'text' -%}{{- part['text'] -}}
+{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+{{- '<|im_end|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConvertReport:
+    """What a conversion did.
+
+    Attributes:
+        source: layout that was read.
+        target: layout that was written.
+        folder: where.
+        tensors: how many tensors were written.
+        bytes: their size.
+        shards: the weight files.
+        files: the other files beside ``config.json``.
+        notes: what the user should know, one sentence each.
+    """
+
+    source: str
+    target: str
+    folder: str
+    tensors: int
+    bytes: int
+    shards: tuple[str, ...]
+    files: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for ``--json``."""
+        return asdict(self)
+
+
+def convert(
+    src: str | Path,
+    dst: str | Path,
+    to: Target,
+    *,
+    force: bool = False,
+    max_shard_bytes: int = 5_000_000_000,
+    image_token_id: int | None = None,
+) -> ConvertReport:
+    """Write the InternVL checkpoint in ``src`` to ``dst`` in another layout.
+
+    Args:
+        src: a checkpoint folder of any InternVL layout (Qwen2 and Llama language models).
+        dst: the folder to write; it appears whole or not at all.
+        to: ``"original"`` (remote code), ``"hf"`` (the parameter names of transformers), ``"hf-old"`` (the names and
+            config keys that its releases before 5 know; it reads both).
+        force: replace ``dst`` if it is a checkpoint folder.
+        max_shard_bytes: a weight file is closed before it would grow beyond this.
+        image_token_id: id of ``<IMG_CONTEXT>``, where ``src`` has neither tokenizer nor a note of it.
+
+    Raises:
+        UsageError: the target is unknown, or ``dst`` is ``src``, holds it or lies in it.
+        CheckpointError: ``src`` cannot be read or ``dst`` cannot be written.
+        ConfigError: the target layout cannot express the model.
+    """
+    src, dst = Path(src), Path(dst)
+    if to not in get_args(Target):
+        raise UsageError(f"unknown layout {to!r}: convert to one of {', '.join(get_args(Target))}")
+    here, there = src.resolve(), dst.resolve()
+    if here == there or here in there.parents or there in here.parents:
+        raise UsageError(f"{dst} is, holds or lies in the source {src}: write to a folder of its own")
+    opened = open_checkpoint(src)
+    with opened.reader:
+        if opened.public is None or opened.vision is None:
+            raise UsageError(f"{src} is a language model alone: it has one layout only, nothing to convert")
+        opened.adapter.check(opened.reader)
+        public = _completed(opened, opened.public, image_token_id)
+        adapter = adapter_for(
+            to,
+            language=opened.language,
+            vision=opened.vision,
+            downsample_ratio=public.downsample_ratio,
+        )
+        config = public.to_original() if to == "original" else public.to_hf(old=to == "hf-old")
+        files = _files(opened, public, to)
+        written = write_checkpoint(
+            dst,
+            adapter.to_public(opened.adapter.from_public(opened.reader)),
+            config,
+            max_shard_bytes=max_shard_bytes,
+            files=files,
+            force=force,
+        )
+    return ConvertReport(
+        source=opened.layout,
+        target=to,
+        folder=str(dst),
+        tensors=written.tensors,
+        bytes=written.bytes,
+        shards=written.shards,
+        files=tuple(sorted(files)),
+        notes=tuple(_notes(opened, public, to)),
+    )
+
+
+def _completed(
+    opened: OpenedCheckpoint, public: InternVLPublicConfig, image_token_id: int | None
+) -> InternVLPublicConfig:
+    """The public config with what other files of the folder know, in the form that both layouts can be made of."""
+    folder = opened.reader.folder
+    stated = image_token_id if image_token_id is not None else public.image_token_id
+    found = added_tokens(folder).get("<IMG_CONTEXT>")
+    if stated is not None and found is not None and stated != found:
+        raise CheckpointError(
+            f"{folder}: <IMG_CONTEXT> has the id {found} in the tokenizer but {stated} is stated: correct one"
+        )
+    token = stated if stated is not None else found
+    if token is not None and not 0 <= token < opened.language.vocab_size:
+        raise ConfigError(
+            f"the id {token} of <IMG_CONTEXT> is outside the {opened.language.vocab_size} rows of the word table"
+        )
+    policy = read_tile_policy(folder, public, _source_layout(opened))
+    return replace(
+        public,
+        tie_words=opened.language.tie_words,
+        image_token_id=token,
+        min_dynamic_patch=policy.min_tiles,
+        max_dynamic_patch=policy.max_tiles,
+        force_image_size=_forced_size(public, policy.image_size),
+    )
+
+
+def _source_layout(opened: OpenedCheckpoint) -> Target:
+    if opened.layout == "text":
+        raise UsageError(f"{opened.reader.folder} is a language model alone")
+    return opened.layout
+
+
+def _forced_size(public: InternVLPublicConfig, side: int) -> int | None:
+    return side if public.force_image_size or side != public.vision["image_size"] else None
+
+
+def _files(
+    opened: OpenedCheckpoint, public: InternVLPublicConfig, to: Target
+) -> dict[str, str | bytes | Path]:
+    """Everything beside weights and config.json."""
+    folder, source = opened.reader.folder, _source_layout(opened)
+    files: dict[str, str | bytes | Path] = {
+        name: folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()
+    }
+    same_family = (source == "original") == (to == "original")
+    if same_family:
+        names = (*_PROCESSOR_FILES, CHAT_TEMPLATE, "chat_template.json")
+        files |= {name: folder / name for name in names if (folder / name).is_file()}
+    else:
+        policy = read_tile_policy(folder, public, source)
+        made = preprocessor_files(policy, to, tokens_per_tile=public.tokens_per_tile)
+        files |= {name: _text(content) for name, content in made.items()}
+    if to != "original" and not same_family:
+        if TOKENIZER_CONFIG in files:
+            files[TOKENIZER_CONFIG] = _text(_with_named_tokens(read_json(folder / TOKENIZER_CONFIG)))
+        if _is_chatml(public):
+            files[CHAT_TEMPLATE] = _HF_CHAT_TEMPLATE
+    generation = _generation(folder, public, to)
+    if generation:
+        files[GENERATION] = _text(generation)
+    return files
+
+
+def _text(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+def _with_named_tokens(config: dict[str, Any]) -> dict[str, Any]:
+    """Tokenizer config under which the processor of transformers finds its tokens by name."""
+    stored = config.get("extra_special_tokens")
+    out = dict(config)
+    if isinstance(stored, list):
+        # A plain list takes the place that the names need; its tokens stay special by their added-token entries.
+        out["additional_special_tokens"] = [*config.get("additional_special_tokens", []), *stored]
+        stored = None
+    out["extra_special_tokens"] = {**_NAMED_TOKENS, **(stored or {})}
+    return out
+
+
+def _is_chatml(public: InternVLPublicConfig) -> bool:
+    template = TEMPLATES.get(public.template or "internvl2_5")
+    return template is not None and template.stop == "<|im_end|>"
+
+
+def _generation(folder: Path, public: InternVLPublicConfig, to: Target) -> dict[str, Any]:
+    """``generation_config.json``: the source's; for `-hf` the chat's stop token is among its ends.
+
+    The language models' own end token is another one (``</s>`` in InternLM's), and the remote code stops by its
+    template, so a source may well not name it.
+    """
+    path = folder / GENERATION
+    config = read_json(path) if path.is_file() else {}
+    if to == "original":
+        return config
+    template = TEMPLATES.get(public.template or "internvl2_5")
+    stop = added_tokens(folder).get(template.stop if template else "<|im_end|>")
+    if stop is None:
+        return config
+    ends = config.get("eos_token_id", public.llm.get("eos_token_id"))
+    ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
+    if stop not in ends:
+        ends = [stop, *ends]
+    return {**config, "eos_token_id": ends[0] if len(ends) == 1 else ends}
+
+
+def added_tokens(folder: str | Path) -> dict[str, int]:
+    """Added tokens of a tokenizer folder and their ids, from whichever of its files lists them.
+
+    Raises:
+        CheckpointError: a file is malformed.
+    """
+    folder = Path(folder)
+    found: dict[str, int] = {}
+    path = folder / "added_tokens.json"
+    if path.is_file():
+        found |= {token: index for token, index in read_json(path).items() if isinstance(index, int)}
+    path = folder / TOKENIZER_CONFIG
+    if path.is_file():
+        table = read_json(path).get("added_tokens_decoder")
+        for index, token in (table if isinstance(table, dict) else {}).items():
+            if isinstance(token, dict) and isinstance(token.get("content"), str) and index.isdecimal():
+                found[token["content"]] = int(index)
+    path = folder / "tokenizer.json"
+    if path.is_file():
+        listed = read_json(path).get("added_tokens")
+        for token in listed if isinstance(listed, list) else []:
+            if (
+                isinstance(token, dict)
+                and isinstance(token.get("content"), str)
+                and isinstance(token.get("id"), int)
+            ):
+                found[token["content"]] = token["id"]
+    return found
+
+
+def _notes(opened: OpenedCheckpoint, public: InternVLPublicConfig, to: Target) -> list[str]:
+    notes = []
+    if not any(
+        (opened.reader.folder / name).is_file()
+        for name in ("tokenizer.json", "vocab.json", "tokenizer.model")
+    ):
+        notes.append("the source has no tokenizer files: none were written")
+    if to == "original":
+        if opened.language.tie_words:
+            notes.append("tied words were written out as a second matrix, as the original layout needs")
+        notes.append(
+            "transformers needs the release's Python files beside an original checkpoint; Chiasm does not"
+        )
+        return notes
+    if public.dynamic_image_size and not public.use_thumbnail:
+        notes.append("the processor of transformers always adds a thumbnail; the source does not")
+    if not public.dynamic_image_size:
+        notes.append("the processor of transformers cuts tiles unless called with crop_to_patches=False")
+    if public.pad2square:
+        notes.append("the processor of transformers does not pad to a square; the source does")
+    if opened.layout == "original":
+        notes.append("the chat template of the -hf layout has no system message")
+    return notes
