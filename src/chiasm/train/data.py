@@ -77,12 +77,20 @@ class Mixture:
     """
 
     def __init__(
-        self, sizes: Mapping[str, int], weights: Mapping[str, float], *, batch: int, seed: int, period: int = 1000
+        self,
+        sizes: Mapping[str, int],
+        weights: Mapping[str, float],
+        *,
+        batch: int,
+        seed: int,
+        period: int = 1000,
     ) -> None:
         wanted = {name: float(w) for name, w in weights.items() if w > 0}
         for name in wanted:
             if sizes.get(name, 0) < 1:
-                raise ConfigError(f"family {name!r} has weight {wanted[name]:g} but no samples: prepare it or set 0")
+                raise ConfigError(
+                    f"family {name!r} has weight {wanted[name]:g} but no samples: prepare it or set 0"
+                )
         if not wanted or batch < 1 or len(wanted) > period:
             raise ConfigError(
                 f"a mixture needs batch >= 1 and 1..{period} weighted families, got batch {batch}, {len(wanted)} families"
@@ -113,7 +121,9 @@ class Mixture:
     def epochs(self, steps: int) -> dict[str, float]:
         """Return how often each family is read through in ``steps`` steps."""
         share = self._before[-1] / self.period
-        return {name: float(steps * self.batch * share[k] / self.sizes[name]) for k, name in enumerate(self.names)}
+        return {
+            name: float(steps * self.batch * share[k] / self.sizes[name]) for k, name in enumerate(self.names)
+        }
 
 
 @lru_cache(maxsize=64)

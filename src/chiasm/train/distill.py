@@ -36,7 +36,15 @@ from chiasm.worlds.fashion import FashionWorld
 from chiasm.worlds.words import MAX_LETTERS, WordsWorld, letters
 from chiasm.worlds.world import SIZE, World, resize_square
 
-__all__ = ["Distill", "DistillBatch", "DistillData", "DistillObjective", "DistillSource", "StudentModel", "StudentSpec"]
+__all__ = [
+    "Distill",
+    "DistillBatch",
+    "DistillData",
+    "DistillObjective",
+    "DistillSource",
+    "StudentModel",
+    "StudentSpec",
+]
 
 CLASSES = {"cifar10": 10, "fashion": 10, "counting": 5}
 ALPHABET = 27
@@ -76,7 +84,9 @@ class DistillBatch:
 
     def rows(self, family: str) -> Tensor:
         """Return the row numbers of one family."""
-        return torch.tensor([i for i, f in enumerate(self.families) if f == family], device=self.labels_N.device)
+        return torch.tensor(
+            [i for i, f in enumerate(self.families) if f == family], device=self.labels_N.device
+        )
 
 
 class Teacher:
@@ -90,7 +100,9 @@ class Teacher:
                 keys = zip(*(archive[name].tolist() for name in names), strict=True)
                 self._row = {key[1:]: row for row, key in enumerate(keys) if key[0] == "train"}
         except (OSError, ValueError, KeyError) as error:
-            raise DataError(f"no teacher features in {path} ({error}): run python -m chiasm.worlds.teacher") from error
+            raise DataError(
+                f"no teacher features in {path} ({error}): run python -m chiasm.worlds.teacher"
+            ) from error
         # One number for all axes: cosine and smooth L1 then see pooled features of mean square 1.
         centred = self.pooled_NC.astype(np.float32) - self.mean_C
         self.pooled_scale = float(np.sqrt(np.square(centred).mean())) or 1.0
@@ -174,7 +186,11 @@ class DistillSource:
         images = np.empty((n, SIZE, SIZE, 3), np.uint8)
         labels, spelled = np.full(n, -100, np.int64), np.full((n, MAX_LETTERS), -100, np.int64)
         d, c = self.teacher_widths or (1, 1)
-        maps, pooled, taught = np.zeros((n, 16, d), np.float32), np.zeros((n, c), np.float32), np.zeros(n, bool)
+        maps, pooled, taught = (
+            np.zeros((n, 16, d), np.float32),
+            np.zeros((n, c), np.float32),
+            np.zeros(n, bool),
+        )
         for i, (family, index) in enumerate(draws):
             sample = worlds[family].sample(index)
             images[i] = sample.image
@@ -328,13 +344,17 @@ class Distill(Objective):
         spec: weights of the terms.
     """
 
-    def __init__(self, width: int, tokens: int, teacher: tuple[int, int] | None, spec: DistillObjective) -> None:
+    def __init__(
+        self, width: int, tokens: int, teacher: tuple[int, int] | None, spec: DistillObjective
+    ) -> None:
         super().__init__()
         self.spec = spec
         self.norm = nn.LayerNorm(width)
         self.to_map = nn.Linear(width, teacher[0]) if teacher else None
         self.to_pooled = nn.Linear(width, teacher[1]) if teacher else None
-        self.classes = nn.ModuleDict({name: nn.Linear(width, CLASSES[name]) for name in ("cifar10", "fashion")})
+        self.classes = nn.ModuleDict(
+            {name: nn.Linear(width, CLASSES[name]) for name in ("cifar10", "fashion")}
+        )
         self.count = Reader(width, tokens, spec.narrow, 1, CLASSES["counting"])
         self.letters = Reader(width, tokens, spec.narrow, MAX_LETTERS, ALPHABET)
 
@@ -356,7 +376,10 @@ class Distill(Objective):
             target_NL = batch.letters_NL[rows] if family == "words" else batch.labels_N[rows][:, None]
             logits_NLK = self.logits(x_NPC[rows], family).float()
             each = F.cross_entropy(
-                logits_NLK.flatten(0, 1), target_NL.flatten(), label_smoothing=self.spec.smoothing, reduction="sum"
+                logits_NLK.flatten(0, 1),
+                target_NL.flatten(),
+                label_smoothing=self.spec.smoothing,
+                reduction="sum",
             )
             # A word's letters are as many terms: their sum, scaled, so that reading is worth about one class.
             scale = self.spec.letters if family == "words" else 1.0

@@ -88,7 +88,9 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[st
         saved.setdefault(name, {})[field] = value
     if saved.keys() - by_name.keys():
         extra = sorted(saved.keys() - by_name.keys())[0]
-        raise CheckpointError(f"optimiser state for {extra!r}, which this recipe does not train: resume its own recipe")
+        raise CheckpointError(
+            f"optimiser state for {extra!r}, which this recipe does not train: resume its own recipe"
+        )
     for name, fields in saved.items():
         parameter = by_name[name]
         for field, value in fields.items():
@@ -98,5 +100,6 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[st
                 )
         # AdamW keeps its step count as a float tensor on the CPU; moments live beside their parameter.
         optimizer.state[parameter] = {
-            field: value.clone() if field == "step" else value.to(parameter.device) for field, value in fields.items()
+            field: value.clone() if field == "step" else value.to(parameter.device)
+            for field, value in fields.items()
         }

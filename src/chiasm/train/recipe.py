@@ -99,7 +99,9 @@ class Optim:
 
     def __post_init__(self) -> None:
         _require(self.lr > 0, f"optim.lr must be > 0, got {self.lr}")
-        _require(0 <= self.beta1 < 1 and 0 <= self.beta2 < 1, "optim.beta1 and optim.beta2 must lie in [0, 1)")
+        _require(
+            0 <= self.beta1 < 1 and 0 <= self.beta2 < 1, "optim.beta1 and optim.beta2 must lie in [0, 1)"
+        )
         _require(self.weight_decay >= 0, f"optim.weight_decay must be >= 0, got {self.weight_decay}")
         _require(self.clip is None or self.clip > 0, f"optim.clip must be > 0 or none, got {self.clip}")
 
@@ -166,7 +168,10 @@ class Recipe:
             self.batch % self.accumulate == 0,
             f"recipe.batch ({self.batch}) must be a multiple of recipe.accumulate ({self.accumulate})",
         )
-        _require(self.compute in ("float32", "bfloat16"), f"recipe.compute must be float32 or bfloat16, got {self.compute!r}")
+        _require(
+            self.compute in ("float32", "bfloat16"),
+            f"recipe.compute must be float32 or bfloat16, got {self.compute!r}",
+        )
 
 
 def _require(condition: bool, message: str) -> None:
@@ -190,7 +195,9 @@ def resolved(value: Any) -> Any:
         return str(value)
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    raise ConfigError(f"a recipe may hold only plain data and frozen dataclasses, found {type(value).__name__}")
+    raise ConfigError(
+        f"a recipe may hold only plain data and frozen dataclasses, found {type(value).__name__}"
+    )
 
 
 def difference(a: Any, b: Any, path: str = "") -> list[str]:
@@ -231,14 +238,18 @@ def _set(node: Any, path: Sequence[str], text: str, full: str) -> Any:
         raise UsageError(f"--set {full}: {type(node).__name__} has no fields below it")
     names = [f.name for f in dataclasses.fields(node)]
     if path[0] not in names:
-        raise UsageError(f"--set {full}: {type(node).__name__} has no field {path[0]!r}; it has {', '.join(names)}")
+        raise UsageError(
+            f"--set {full}: {type(node).__name__} has no field {path[0]!r}; it has {', '.join(names)}"
+        )
     current = getattr(node, path[0])
     if len(path) > 1:
         value = _set(current, path[1:], text, full)
     else:
         if dataclasses.is_dataclass(current):
             inner = ", ".join(f"{full}.{f.name}" for f in dataclasses.fields(current))
-            raise UsageError(f"--set {full}: this is a {type(current).__name__}; set one of its fields: {inner}")
+            raise UsageError(
+                f"--set {full}: this is a {type(current).__name__}; set one of its fields: {inner}"
+            )
         value = _parse(text, _field_type(node, path[0]), full)
     return dataclasses.replace(node, **{path[0]: value})
 
@@ -278,7 +289,9 @@ def _parse(text: str, kind: Any, full: str) -> Any:
         return kind(text)
     if origin in (tuple, list, dict, Mapping) or kind in (tuple, list, dict):
         return _parse_compound(text, kind, origin or kind, arguments, full)
-    raise UsageError(f"--set {full}: a {_name(kind)} cannot be set from the command line; change the recipe function")
+    raise UsageError(
+        f"--set {full}: a {_name(kind)} cannot be set from the command line; change the recipe function"
+    )
 
 
 def _parse_compound(text: str, kind: Any, origin: Any, arguments: tuple[Any, ...], full: str) -> Any:
@@ -306,7 +319,11 @@ def _text(value: Any) -> str:
 
 
 def _name(kind: Any) -> str:
-    return kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind).replace("typing.", "")
+    return (
+        kind.__name__
+        if isinstance(kind, type) and not typing.get_args(kind)
+        else str(kind).replace("typing.", "")
+    )
 
 
 def _wrong(full: str, kind: Any, text: str) -> UsageError:

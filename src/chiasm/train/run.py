@@ -59,7 +59,13 @@ class RunFolder:
 
     @classmethod
     def create(
-        cls, root: str | Path, recipe: Recipe, *, run_id: str | None = None, reference: str = "", overrides: tuple[str, ...] = ()
+        cls,
+        root: str | Path,
+        recipe: Recipe,
+        *,
+        run_id: str | None = None,
+        reference: str = "",
+        overrides: tuple[str, ...] = (),
     ) -> RunFolder:
         """Make ``root/<id>`` and write its run.json.
 
@@ -96,7 +102,9 @@ class RunFolder:
         """
         path = Path(path)
         if not (path / "run.json").is_file():
-            raise UsageError(f"{path} is not a run folder (no run.json): give the folder that `chiasm train` printed")
+            raise UsageError(
+                f"{path} is not a run folder (no run.json): give the folder that `chiasm train` printed"
+            )
         return cls(path)
 
     @property
@@ -154,8 +162,12 @@ class RunFolder:
         partial = self.path / f".partial-{checkpoint.step}-{os.getpid()}"
         partial.mkdir()
         save_file({k: v.contiguous() for k, v in checkpoint.weights.items()}, partial / "weights.safetensors")
-        save_file({k: v.contiguous() for k, v in checkpoint.optimizer.items()}, partial / "optimizer.safetensors")
-        (partial / "state.json").write_text(json.dumps({"step": checkpoint.step} | checkpoint.state, indent=1) + "\n")
+        save_file(
+            {k: v.contiguous() for k, v in checkpoint.optimizer.items()}, partial / "optimizer.safetensors"
+        )
+        (partial / "state.json").write_text(
+            json.dumps({"step": checkpoint.step} | checkpoint.state, indent=1) + "\n"
+        )
         for file in partial.iterdir():
             _sync(file)
         _sync(partial)
@@ -172,14 +184,18 @@ class RunFolder:
         steps = self.checkpoints()
         if not steps or (step is not None and step not in steps):
             have = ", ".join(map(str, steps)) or "none"
-            raise CheckpointError(f"{self.path} has no checkpoint{'' if step is None else f' of step {step}'} (has: {have})")
+            raise CheckpointError(
+                f"{self.path} has no checkpoint{'' if step is None else f' of step {step}'} (has: {have})"
+            )
         folder = self.folder(steps[-1] if step is None else step)
         try:
             state = json.loads((folder / "state.json").read_text())
             weights = load_file(folder / "weights.safetensors")
             optimizer = load_file(folder / "optimizer.safetensors")
         except (OSError, json.JSONDecodeError, SafetensorError) as error:
-            raise CheckpointError(f"{folder} is damaged ({error}): delete it to resume from the one before") from error
+            raise CheckpointError(
+                f"{folder} is damaged ({error}): delete it to resume from the one before"
+            ) from error
         return Checkpoint(step=state["step"], weights=weights, optimizer=optimizer, state=state)
 
     def prune(self, *, keep_last: int, keep_every: int) -> None:
@@ -200,7 +216,10 @@ def environment() -> dict[str, Any]:
 
     return {
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("chiasm", "torch", "numpy", "safetensors", "tokenizers", "pillow")},
+        "versions": {
+            name: version(name)
+            for name in ("chiasm", "torch", "numpy", "safetensors", "tokenizers", "pillow")
+        },
         "machine": platform.machine(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
@@ -215,7 +234,9 @@ def _git_revision() -> str | None:
 
     def git(*arguments: str) -> str | None:
         try:
-            done = subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True, timeout=10)
+            done = subprocess.run(
+                ["git", "-C", str(here), *arguments], capture_output=True, text=True, timeout=10
+            )
         except (OSError, subprocess.TimeoutExpired):
             return None
         return done.stdout.strip() if done.returncode == 0 else None

@@ -79,7 +79,12 @@ class Trainer:
     """
 
     def __init__(
-        self, recipe: Recipe, run: RunFolder, *, device: str | torch.device = "cpu", progress: Progress | None = None
+        self,
+        recipe: Recipe,
+        run: RunFolder,
+        *,
+        device: str | torch.device = "cpu",
+        progress: Progress | None = None,
     ) -> None:
         changed = difference(run.info["recipe"], resolved(recipe))
         if changed:
@@ -168,7 +173,9 @@ class Trainer:
         """Turn the gradient of the sum into that of the mean, clip it, and return its norm before clipping."""
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         if not gradients:
-            raise TrainingError(f"step {self.step + 1}: no trained parameter received a gradient; look at optim.freeze")
+            raise TrainingError(
+                f"step {self.step + 1}: no trained parameter received a gradient; look at optim.freeze"
+            )
         torch._foreach_mul_(gradients, scale)
         norm = torch.nn.utils.get_total_norm(gradients)
         if self.recipe.optim.clip is not None:
@@ -211,12 +218,16 @@ class Trainer:
         targets = self.state_tensors()
         if targets.keys() != checkpoint.weights.keys():
             odd = sorted(targets.keys() ^ checkpoint.weights.keys())[0]
-            raise CheckpointError(f"{self.run.path}: checkpoint and recipe disagree on {odd!r}: start a new run")
+            raise CheckpointError(
+                f"{self.run.path}: checkpoint and recipe disagree on {odd!r}: start a new run"
+            )
         with torch.no_grad():
             for name, target in targets.items():
                 saved = checkpoint.weights[name]
                 if saved.shape != target.shape:
-                    raise CheckpointError(f"{name} is {tuple(saved.shape)} in the checkpoint, {tuple(target.shape)} here")
+                    raise CheckpointError(
+                        f"{name} is {tuple(saved.shape)} in the checkpoint, {tuple(target.shape)} here"
+                    )
                 target.copy_(saved)
         load_optimizer_tensors(self.optimizer, checkpoint.optimizer)
         self.step, self.scores = checkpoint.step, checkpoint.state.get("scores", {})

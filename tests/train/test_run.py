@@ -1,0 +1,112 @@
+"""Run folders: atomic checkpoints, metrics that survive a crash, pruning."""
+
+import json
+import os
+
+import pytest
+import torch
+from tests.train.tiny_run import tiny
+
+from chiasm.errors import CheckpointError, UsageError
+from chiasm.train import run as run_module
+from chiasm.train.run import Checkpoint, RunFolder
+
+
+def checkpoint(step):
+    return Checkpoint(
+        step=step,
+        weights={"w": torch.full((2, 3), float(step))},
+        optimizer={"w/step": torch.tensor(1.0)},
+        state={"scores": {"a": 1.0}},
+    )
+
+
+@pytest.fixture
+def run(tmp_path):
+    return RunFolder.create(tmp_path, tiny(), run_id="r", reference="./tiny.py:tiny", overrides=("steps=12",))
+
+
+def test_run_json_says_what_ran(run):
+    info = run.info
+    assert info["recipe"]["optim"]["lr"] == 0.03
+    assert info["overrides"] == ["steps=12"]
+    assert info["reference"] == "./tiny.py:tiny"
+    assert (
+        info["environment"]["versions"]["torch"] == torch.__version__.split("+")[0]
+        or "+" in torch.__version__
+    )
+    assert {"cpu", "threads", "git", "python"} <= info["environment"].keys()
+
+
+def test_an_existing_run_is_not_overwritten(run):
+    with pytest.raises(UsageError, match="--resume"):
+        RunFolder.create(run.path.parent, tiny(), run_id="r")
+    with pytest.raises(UsageError, match=r"run\.json"):
+        RunFolder.open(run.path.parent)
+
+
+def test_checkpoint_round_trip(run):
+    run.save(checkpoint(3))
+    loaded = RunFolder.open(run.path).load()
+    assert loaded.step == 3
+    assert torch.equal(loaded.weights["w"], torch.full((2, 3), 3.0))
+    assert loaded.optimizer["w/step"].shape == ()
+    assert loaded.state["scores"] == {"a": 1.0}
+    assert run.folder(3).name == "step-000003"
+    assert sorted(p.name for p in run.folder(3).iterdir()) == [
+        "optimizer.safetensors",
+        "state.json",
+        "weights.safetensors",
+    ]
+
+
+@pytest.mark.parametrize("victim", ["save_file", "_sync", "os.rename"])
+def test_a_crash_while_saving_leaves_the_last_checkpoint(run, monkeypatch, victim):
+    run.save(checkpoint(3))
+
+    def crash(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        target, name = (os, "rename") if victim == "os.rename" else (run_module, victim)
+        patch.setattr(target, name, crash)
+        with pytest.raises(KeyboardInterrupt):
+            run.save(checkpoint(6))
+    assert run.checkpoints() == [3]
+    assert run.load().step == 3
+    run.save(checkpoint(6))  # sweeps what the crash left
+    assert run.checkpoints() == [3, 6]
+    assert not list(run.path.glob(".partial-*"))
+
+
+def test_prune_keeps_the_last_and_the_milestones(run):
+    for step in range(1, 10):
+        run.save(checkpoint(step))
+    run.prune(keep_last=2, keep_every=4)
+    assert run.checkpoints() == [4, 8, 9]
+    run.prune(keep_last=1, keep_every=0)
+    assert run.checkpoints() == [9]
+
+
+def test_missing_and_damaged_checkpoints(run):
+    with pytest.raises(CheckpointError, match="none"):
+        run.load()
+    folder = run.save(checkpoint(3))
+    with pytest.raises(CheckpointError, match="3"):
+        run.load(5)
+    weights = folder / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4])
+    with pytest.raises(CheckpointError, match="damaged"):
+        run.load()
+
+
+def test_metrics_survive_a_torn_line_and_rewind(run):
+    for step in range(1, 6):
+        run.measure({"step": step, "loss": 1 / step})
+    with (run.path / "metrics.jsonl").open("a") as out:
+        out.write('{"step": 6, "lo')
+    assert [row["step"] for row in run.metrics()] == [1, 2, 3, 4, 5]
+    run.rewind(3)
+    run.measure({"step": 4, "loss": 0.5})
+    lines = (run.path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]

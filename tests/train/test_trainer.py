@@ -1,0 +1,247 @@
+"""The trainer: exact resume, kill -9, signals, accumulation, groups, guards."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tests.train import tiny_run
+from tests.train.tiny_run import BlobData, tiny
+from torch import nn
+
+from chiasm.errors import ConfigError, UsageError
+from chiasm.train.objective import Objective
+from chiasm.train.optim import make_optimizer, named_parameters, trainable
+from chiasm.train.progress import Progress
+from chiasm.train.recipe import Group, Optim, Schedule
+from chiasm.train.run import RunFolder
+from chiasm.train.trainer import Trainer, TrainingError, build_parts
+
+
+def quiet(recipe, folder, **options):
+    known = (folder / "run.json").exists()
+    run = RunFolder.open(folder) if known else RunFolder.create(folder.parent, recipe, run_id=folder.name)
+    return Trainer(recipe, run, progress=Progress(recipe.steps, io.StringIO()), **options)
+
+
+def curve(folder):
+    """Metrics without the wall clock."""
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in RunFolder.open(folder).metrics()]
+
+
+def same_end(a: Path, b: Path):
+    x, y = RunFolder.open(a).load(), RunFolder.open(b).load()
+    assert x.step == y.step
+    for mine, other in ((x.weights, y.weights), (x.optimizer, y.optimizer)):
+        assert mine.keys() == other.keys()
+        assert all(torch.equal(mine[name], other[name]) for name in mine)
+
+
+def test_interrupted_equals_uninterrupted_to_the_bit(tmp_path):
+    recipe = tiny()
+    quiet(recipe, tmp_path / "whole").fit()
+    for until in (1, 5, 6, None):
+        torch.rand(3)  # somebody else draws from the global generator in between
+        result = quiet(recipe, tmp_path / "parts").fit(until=until)
+    assert result.finished
+    assert result.scores == RunFolder.open(tmp_path / "whole").load().state["scores"]
+    assert curve(tmp_path / "parts") == curve(tmp_path / "whole")
+    same_end(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_kill_9_and_resume_gives_the_same_curve(tmp_path):
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    process = _start(killed)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and len(_rows(killed)) < 13:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert 13 <= len(_rows(killed)) < 30
+    quiet(tiny_run.slow_tiny(), killed).fit()
+    quiet(tiny_run.slow_tiny(), whole).fit()
+    assert curve(killed) == curve(whole)
+    same_end(killed, whole)
+
+
+def test_sigterm_saves_and_leaves_in_peace(tmp_path):
+    folder = tmp_path / "run"
+    process = _start(folder)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and len(_rows(folder)) < 3:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert "--resume" in said
+    run = RunFolder.open(folder)
+    assert run.checkpoints()[-1] == run.metrics()[-1]["step"] < 30
+
+
+def _start(folder):
+    code = "import sys, pathlib; from tests.train import tiny_run as t; t.main(pathlib.Path(sys.argv[1]), t.slow_tiny())"
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    command = [sys.executable, "-c", code, str(folder)]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def _rows(folder):
+    path = folder / "metrics.jsonl"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def test_signal_handlers_are_given_back(tmp_path):
+    before = signal.getsignal(signal.SIGINT)
+    quiet(tiny(steps=1), tmp_path / "run").fit()
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_the_global_generator_is_left_as_it_was(tmp_path):
+    torch.manual_seed(11)
+    expected = torch.rand(2)
+    torch.manual_seed(11)
+    quiet(tiny(steps=2), tmp_path / "run").fit()
+    assert torch.equal(torch.rand(2), expected)
+
+
+def test_accumulation_equals_one_batch(tmp_path):
+    # No dropout, augmentation noise or batch statistics: they differ between micro-batches by design.
+    class Plain(tiny_run.Blobs):
+        def fetch(self, draws, random):
+            x = torch.stack([torch.linspace(0, 1, 6) * (i + 1) / 29 for _, i in draws])
+            return tiny_run.Batch(x, torch.tensor([0 if f == "left" else 1 for f, _ in draws]))
+
+    losses = []
+    for accumulate in (1, 2, 3):
+        recipe = tiny(accumulate=accumulate, steps=4)
+        trainer = quiet(recipe, tmp_path / f"a{accumulate}")
+        trainer.source = Plain()
+        trainer.model[1], trainer.model[3] = nn.Identity(), nn.Identity()
+        trainer.fit()
+        losses.append([row["loss"] for row in curve(tmp_path / f"a{accumulate}") if "loss" in row])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert losses[2] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_nan_stops_and_names_the_step(tmp_path):
+    recipe = tiny(data=BlobData(poison=9))  # two micro-batches a step: the fifth step
+    trainer = quiet(recipe, tmp_path / "run")
+    with pytest.raises(TrainingError, match="step 5"):
+        trainer.fit()
+    assert trainer.run.checkpoints() == [3]
+    assert [row["step"] for row in trainer.run.metrics() if "loss" in row] == [1, 2, 3, 4]
+
+
+def test_a_changed_recipe_does_not_resume(tmp_path):
+    quiet(tiny(steps=2), tmp_path / "run").fit()
+    with pytest.raises(UsageError, match="optim"):
+        quiet(tiny(steps=2, optim=Optim(lr=0.5)), tmp_path / "run")
+
+
+def test_a_finished_run_stays_finished(tmp_path):
+    quiet(tiny(steps=2), tmp_path / "run").fit()
+    before = curve(tmp_path / "run")
+    assert quiet(tiny(steps=2), tmp_path / "run").fit().finished
+    assert curve(tmp_path / "run") == before
+
+
+class Shapes(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 4)
+        self.norm = nn.LayerNorm(4)
+        self.token = nn.Parameter(torch.zeros(1, 1, 4))
+        self.table = nn.Parameter(torch.zeros(1, 5, 4))
+
+
+def test_decay_spares_vectors_and_groups_scale():
+    model, objective = Shapes(), Objective()
+    optim = Optim(
+        weight_decay=0.1,
+        groups=(Group(pattern="table", lr_scale=0.2, weight_decay=0.0), Group(pattern="l*", lr_scale=3)),
+    )
+    optimizer = make_optimizer(trainable(model, objective, optim), optim)
+    rule = {name: (g["scale"], g["weight_decay"]) for g in optimizer.param_groups for name in g["names"]}
+    assert rule == {
+        "linear.weight": (3, 0.1),
+        "linear.bias": (3, 0.0),
+        "norm.weight": (1.0, 0.0),
+        "norm.bias": (1.0, 0.0),
+        "token": (1.0, 0.0),
+        "table": (0.2, 0.0),
+    }
+
+
+def test_learning_rate_of_groups_follows_the_schedule(tmp_path):
+    recipe = tiny(steps=4, schedule=Schedule(kind="linear", warmup=2))
+    trainer = quiet(recipe, tmp_path / "run")
+    trainer.fit(until=1)
+    assert {g["lr"] for g in trainer.optimizer.param_groups} == {0.015, 0.0075}
+
+
+def test_freezing(tmp_path):
+    recipe = tiny(steps=2, optim=Optim(lr=0.1, freeze=("0.*",)))
+    trainer = quiet(recipe, tmp_path / "run")
+    before = {k: v.clone() for k, v in trainer.model.state_dict().items()}
+    trainer.fit()
+    after = trainer.model.state_dict()
+    assert torch.equal(before["0.weight"], after["0.weight"])
+    assert not torch.equal(before["4.weight"], after["4.weight"])
+    assert "0.weight" not in trainer.run.load().weights
+    with pytest.raises(ConfigError, match="matches no parameter"):
+        trainable(Shapes(), Objective(), Optim(freeze=("vision.*",)))
+    with pytest.raises(ConfigError, match="every parameter is frozen"):
+        trainable(Shapes(), Objective(), Optim(freeze=("*",)))
+
+
+def test_new_weights_depend_on_the_seed_only():
+    torch.manual_seed(1)
+    _, a, _ = build_parts(tiny())
+    torch.manual_seed(2)
+    _, b, _ = build_parts(tiny())
+    _, c, _ = build_parts(replace(tiny(), seed=8))
+    assert torch.equal(a[0].weight, b[0].weight)
+    assert not torch.equal(a[0].weight, c[0].weight)
+    assert "objective.head.weight" in named_parameters(a, tiny().objective.build(a, None))
+
+
+def test_plain_progress_lines():
+    out = io.StringIO()
+    with Progress(3, out, every=0.0) as progress:
+        for step in (1, 2, 3):
+            progress.update(step, {"loss": 1.0}, 4)
+        progress.say("done")
+    lines = out.getvalue().splitlines()
+    assert len(lines) == 4
+    assert lines[0].startswith("step 1/3  loss 1.0000")
+    assert "left" in lines[0]
+
+
+def test_progress_bar_on_a_terminal():
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    out = Terminal()
+    with Progress(2, out) as progress:
+        progress.update(1, {"loss": 0.5}, 4)
+        progress.say("[not markup]")
+    assert "[not markup]" in out.getvalue()
+
+
+def test_metrics_are_written_as_they_come(tmp_path):
+    trainer = quiet(tiny(), tmp_path / "run")
+    trainer.fit(until=4)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 4]
+    assert {"loss", "lr", "grad_norm", "accuracy", "seconds"} <= rows[0].keys()
+    assert rows[-1]["eval"].keys() == {"gap"}
