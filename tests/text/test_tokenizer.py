@@ -434,9 +434,9 @@ def slow_encode(text, metadata, digits, tables={}):  # noqa: B006 - memo of the 
 @needs_wheel
 @pytest.mark.parametrize("digits", ["joined", "single"])
 def test_both_digit_rules_equal_the_slow_twin(digits, metadata, texts):
-    """Every eighth string; unassigned code points are left out, where Unicode versions may disagree."""
+    """Every sixteenth string; unassigned code points are left out, where Unicode versions may disagree."""
     tokenizer = tokenizer_from_gguf(metadata, digits=digits)
-    for text in texts[: len(smollm2_strings.FIXED)] + texts[::8]:
+    for text in texts[: len(smollm2_strings.FIXED)] + texts[::16]:
         text = "".join(c for c in text if unicodedata.category(c) != "Cn")
         assert tokenizer.encode(text) == slow_encode(text, metadata, digits), repr(text)
 
