@@ -23,9 +23,12 @@ import gzip
 import hashlib
 import io
 import json
+import lzma
 import os
 import sys
 import tarfile
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
@@ -62,6 +65,9 @@ FONT_PACKAGES = (
     "fonts-adf-universalis",
     "fonts-jetbrains-mono",
 )
+
+#: What the readers of compressed archives raise on a cut or altered file.
+_DAMAGE = (tarfile.TarError, EOFError, OSError, lzma.LZMAError, zlib.error)
 
 _REMEDY = {
     "cifar10": (
@@ -110,9 +116,9 @@ def load_arrays(name: str, folder: str | Path | None = None) -> dict[str, np.nda
     if not path.is_file():
         raise DataError(f"{_REMEDY.get(name, f'unknown asset {name!r}')} (looked for {path})")
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
             return {key: archive[key] for key in archive.files}
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{path} is damaged ({error}): delete it and prepare it again") from error
 
 
@@ -133,11 +139,16 @@ def prepare(source_dir: str | Path, folder: str | Path | None = None) -> dict[st
     jobs: list[tuple[str, list[Path], Callable[[list[Path], Path], str]]] = [
         ("cifar10", sorted(source.glob("bigbench-*.tar.gz")), _prepare_cifar10),
         ("fashion", sorted(source.glob("dataset-fashion-mnist_*.deb")), _prepare_fashion),
-        ("fonts", [deb for name in FONT_PACKAGES for deb in sorted(source.glob(f"{name}_*.deb"))], _prepare_fonts),
+        (
+            "fonts",
+            [deb for name in FONT_PACKAGES for deb in sorted(source.glob(f"{name}_*.deb"))],
+            _prepare_fonts,
+        ),
     ]
     if not any(archives for _, archives, _ in jobs):
         raise DataError(
-            f"no known archive in {source}: put bigbench-1.0.0.tar.gz, dataset-fashion-mnist_*.deb or fonts-*_*.deb there"
+            f"no known archive in {source}: put bigbench-1.0.0.tar.gz, dataset-fashion-mnist_*.deb "
+            "or fonts-*_*.deb there"
         )
     notes = _read_notes(target)
     done: dict[str, Path] = {}
@@ -180,13 +191,17 @@ def _prepare_cifar10(archives: list[Path], path: Path) -> str:
 def _prepare_fashion(archives: list[Path], path: Path) -> str:
     """Read the four idx files of the Debian package."""
     arrays = {}
-    files = dict(_deb_members(archives[-1], lambda name: FASHION_FOLDER in name and name.endswith("ubyte.gz")))
+    files = dict(
+        _deb_members(archives[-1], lambda name: FASHION_FOLDER in name and name.endswith("ubyte.gz"))
+    )
     for split, prefix in (("train", "train"), ("test", "t10k")):
         for kind, suffix in (("images", "images-idx3-ubyte.gz"), ("labels", "labels-idx1-ubyte.gz")):
             raw = files.get(f"{prefix}-{suffix}")
             if raw is None:
-                raise DataError(f"{archives[-1].name} has no {prefix}-{suffix}: download dataset-fashion-mnist again")
-            arrays[f"{split}_{kind}"] = _read_idx(gzip.decompress(raw), f"{archives[-1].name}:{prefix}-{suffix}")
+                raise DataError(
+                    f"{archives[-1].name} has no {prefix}-{suffix}: download dataset-fashion-mnist again"
+                )
+            arrays[f"{split}_{kind}"] = _read_idx(raw, f"{archives[-1].name}:{prefix}-{suffix}")
     for split in ("train", "test"):
         arrays[f"{split}_labels"] = arrays[f"{split}_labels"].astype(np.int64)
     _save(path, **arrays)
@@ -212,7 +227,7 @@ def _opened(archive: Path) -> Iterator[tarfile.TarFile]:
     try:
         with tarfile.open(archive, "r|*") as tar:
             yield tar
-    except (tarfile.TarError, EOFError, OSError, json.JSONDecodeError, KeyError) as error:
+    except (*_DAMAGE, ValueError, KeyError) as error:
         raise DataError(f"{archive} is damaged ({error}): download it again") from error
 
 
@@ -240,14 +255,18 @@ def _deb_members(deb: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str
                     stream = tar.extractfile(member) if member.isreg() and wanted(member.name) else None
                     if stream is not None:
                         yield PurePosixPath(member.name).name, stream.read()
-        except (tarfile.TarError, EOFError, OSError) as error:
+        except _DAMAGE as error:
             raise DataError(f"{deb} is damaged ({error}): download it again") from error
         return
     raise DataError(f"{deb} is not a Debian package: download it again")
 
 
-def _read_idx(raw: bytes, where: str) -> np.ndarray:
-    """Parse an idx file of unsigned bytes: magic 0 0 8 rank, big-endian sizes, then the values row-major."""
+def _read_idx(packed: bytes, where: str) -> np.ndarray:
+    """Parse a gzipped idx file of unsigned bytes: magic 0 0 8 rank, big-endian sizes, then the values row-major."""
+    try:
+        raw = gzip.decompress(packed)
+    except _DAMAGE as error:
+        raise DataError(f"{where} is damaged ({error}): download the package again") from error
     if len(raw) < 8 or raw[:3] != b"\x00\x00\x08":
         raise DataError(f"{where} is not an idx file of bytes: download the package again")
     rank = raw[3]

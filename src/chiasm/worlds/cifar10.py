@@ -83,7 +83,10 @@ class CifarWorld(World):
 
     def manifest(self) -> dict[str, Any]:
         """Return the base facts and the class answers in id order."""
-        return super().manifest() | {"answers": [ANSWERS[name] for name in self.names], "source": "cifar10 test"}
+        return super().manifest() | {
+            "answers": [ANSWERS[name] for name in self.names],
+            "source": "cifar10 test",
+        }
 
 
 def _rows(labels_N: np.ndarray) -> dict[str, np.ndarray]:

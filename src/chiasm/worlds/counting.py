@@ -73,7 +73,9 @@ class CountingWorld(World):
     family = "counting"
     questions = ("How many objects are there?", "How many shapes do you see?", "Count the objects.")
 
-    def __init__(self, split: str, *, seed: int = 0, size: int | None = None, attributes: float = 0.0) -> None:
+    def __init__(
+        self, split: str, *, seed: int = 0, size: int | None = None, attributes: float = 0.0
+    ) -> None:
         super().__init__(split, seed=seed)
         if not 0.0 <= attributes <= 1.0:
             raise DataError(f"attributes={attributes}: give the share of attribute questions, 0..1")
@@ -96,7 +98,8 @@ class CountingWorld(World):
         image = render_scene(objects, rng)
         question, answer = self.questions[self.question_id(i)], COUNTS[len(objects) - 1]
         if rng.random() < self.attributes:
-            shape, colour = (objects[int(rng.integers(len(objects)))][key] for key in ("shape", "colour"))
+            asked = objects[int(rng.integers(len(objects)))]
+            shape, colour = asked["shape"], asked["colour"]
             same = sum(thing["shape"] == shape and thing["colour"] == colour for thing in objects)
             plural = "crosses" if shape == "cross" else f"{shape}s"
             question, answer = f"How many {colour} {plural} are there?", COUNTS[same - 1]
@@ -186,7 +189,20 @@ _OUTLINES: dict[str, tuple[tuple[float, float], ...]] = {
     "triangle": tuple((2 * math.pi * k / 3, 1.0) for k in range(3)),
     "star": tuple((math.pi * k / 5, 1.0 if k % 2 == 0 else 0.42) for k in range(10)),
     "cross": _polar(
-        [(1, 3), (-1, 3), (-1, 1), (-3, 1), (-3, -1), (-1, -1), (-1, -3), (1, -3), (1, -1), (3, -1), (3, 1), (1, 1)]
+        [
+            (1, 3),
+            (-1, 3),
+            (-1, 1),
+            (-3, 1),
+            (-3, -1),
+            (-1, -1),
+            (-1, -3),
+            (1, -3),
+            (1, -1),
+            (3, -1),
+            (3, 1),
+            (1, 1),
+        ]
     ),
     "diamond": _polar([(2, 0), (0, 1.1), (-2, 0), (0, -1.1)]),
 }

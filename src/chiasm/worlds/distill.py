@@ -169,7 +169,8 @@ def warp(pictures_BCHW: np.ndarray, boxes_B4: np.ndarray, flip_B: np.ndarray, si
         flip_B: mirror left-right.
         size: output side; the boxes must not be larger than it (no antialiasing).
 
-    Equals PIL's ``resize((size, size), BICUBIC, box=...)`` up to PIL's rounding and clipping to 0..255 after the first axis.
+    Equals PIL's ``resize((size, size), BICUBIC, box=...)`` up to PIL's rounding and clipping to 0..255 after the
+    first axis.
     """
     x_BCHW = pictures_BCHW.astype(np.float32)
     down_BSH = _bicubic(boxes_B4[:, 1], boxes_B4[:, 3], x_BCHW.shape[2], size)
@@ -200,9 +201,10 @@ def _augment(
     batch, channels, height, width = x_BCHW.shape
     side_B2 = rng.uniform(0.7, 1.0, (batch, 2))
     corner_B2 = rng.uniform(0.0, 1.0, (batch, 2)) * (1.0 - side_B2)
-    gain_BC, shift_BC = rng.uniform(0.75, 1.25, (batch, 1)) * rng.uniform(0.9, 1.1, (batch, channels)), rng.uniform(
-        -20.0, 20.0, (batch, 1)
-    ) + rng.uniform(-8.0, 8.0, (batch, channels))
+    gain_BC, shift_BC = (
+        rng.uniform(0.75, 1.25, (batch, 1)) * rng.uniform(0.9, 1.1, (batch, channels)),
+        rng.uniform(-20.0, 20.0, (batch, 1)) + rng.uniform(-8.0, 8.0, (batch, channels)),
+    )
     side_B2[plain_B], corner_B2[plain_B], gain_BC[plain_B], shift_BC[plain_B] = 1.0, 0.0, 1.0, 0.0
     mean_BC11 = x_BCHW.mean((2, 3), keepdims=True)
     x_BCHW = (x_BCHW - mean_BC11) * gain_BC[..., None, None].astype(np.float32) + mean_BC11

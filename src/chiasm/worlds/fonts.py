@@ -29,7 +29,14 @@ __all__ = ["FONTS", "find_fonts", "font_hash", "load_font"]
 #: Split -> file stems. Fixed: scores of chiasm-mini refer to this division.
 FONTS: Mapping[str, tuple[str, ...]] = {
     "train": (
-        *("DejaVuSans", "DejaVuSans-Bold", "DejaVuSansMono", "DejaVuSansMono-Bold", "DejaVuSerif", "DejaVuSerif-Bold"),
+        *(
+            "DejaVuSans",
+            "DejaVuSans-Bold",
+            "DejaVuSansMono",
+            "DejaVuSansMono-Bold",
+            "DejaVuSerif",
+            "DejaVuSerif-Bold",
+        ),
         *("Hack-Regular", "Hack-Bold"),
         *("FreeSans", "FreeSansBold", "LiberationSans-Regular", "LiberationSans-Bold"),
         *("LiberationSansNarrow-Regular", "LiberationSansNarrow-Bold"),
@@ -45,7 +52,12 @@ FONTS: Mapping[str, tuple[str, ...]] = {
     "dev": ("Cantarell-Regular", "Cantarell-Bold", "BaskervaldADFStd", "BaskervaldADFStd-Bold", "cmss10"),
     "test": (
         *("OpenSans-Regular", "OpenSans-Bold", "Cabin-Regular", "Cabin-Bold", "GenBasR", "GenBasB"),
-        *("UniversalisADFStd-Regular", "UniversalisADFStd-Bold", "JetBrainsMono-Regular", "JetBrainsMono-Bold"),
+        *(
+            "UniversalisADFStd-Regular",
+            "UniversalisADFStd-Bold",
+            "JetBrainsMono-Regular",
+            "JetBrainsMono-Bold",
+        ),
         "cmr10",
     ),
 }
@@ -92,14 +104,15 @@ def _system_folders() -> tuple[str, ...]:
     folders = {
         "darwin": [Path("/System/Library/Fonts"), Path("/Library/Fonts"), home / "Library" / "Fonts"],
         "win32": [Path(os.environ.get("WINDIR", "C:/Windows")) / "Fonts"],
-    }.get(sys.platform, [Path("/usr/share/fonts"), Path("/usr/local/share/fonts"), home / ".local/share/fonts"])
+    }.get(
+        sys.platform, [Path("/usr/share/fonts"), Path("/usr/local/share/fonts"), home / ".local/share/fonts"]
+    )
     spec = importlib.util.find_spec("matplotlib")
     if spec is not None and spec.origin is not None:
         folders.append(Path(spec.origin).parent / "mpl-data" / "fonts" / "ttf")
     return tuple(str(folder) for folder in folders)
 
 
-@functools.lru_cache(maxsize=16)
 def _index(folders: tuple[str, ...]) -> dict[str, Path]:
     """Stem -> path of every known font file below the folders; of equals the last in sorted order wins."""
     wanted = {stem for stems in FONTS.values() for stem in stems}

@@ -61,7 +61,9 @@ def load_teacher() -> torch.nn.Module:
         net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     except (RuntimeError, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise DataError(f"{path} does not fit EfficientNet-Lite0 ({reason}): reinstall the extra 'teacher'") from error
+        raise DataError(
+            f"{path} does not fit EfficientNet-Lite0 ({reason}): reinstall the extra 'teacher'"
+        ) from error
     return net.eval().requires_grad_(False)
 
 
@@ -74,8 +76,12 @@ def teacher_maps(net: torch.nn.Module, images_NSS3: np.ndarray, *, batch: int = 
     std = torch.tensor(_STD).view(1, 3, 1, 1)
     with torch.inference_mode():
         for start in range(0, len(images_NSS3), batch):
-            x_N3HW = torch.from_numpy(np.ascontiguousarray(images_NSS3[start : start + batch])).permute(0, 3, 1, 2)
-            x_N3HW = F.interpolate(x_N3HW.float() / 255.0, size=(INPUT, INPUT), mode="bicubic").clamp(0.0, 1.0)
+            x_N3HW = torch.from_numpy(np.ascontiguousarray(images_NSS3[start : start + batch])).permute(
+                0, 3, 1, 2
+            )
+            x_N3HW = F.interpolate(x_N3HW.float() / 255.0, size=(INPUT, INPUT), mode="bicubic").clamp(
+                0.0, 1.0
+            )
             x_N3HW = ((x_N3HW - mean) / std).contiguous(memory_format=torch.channels_last)
             map_NCHW = net.extract_features(x_N3HW)  # pyright: ignore[reportCallIssue]
             yield map_NCHW.flatten(2).transpose(1, 2).contiguous().numpy()
@@ -94,9 +100,7 @@ def project_maps(maps_NPC: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarr
     return mean.astype(np.float32), basis.astype(np.float32), max(scale, 1e-6)
 
 
-def compute(
-    worlds: list[tuple[World, int, bool]], out: Path, *, width: int = 128
-) -> Path:
+def compute(worlds: list[tuple[World, int, bool]], out: Path, *, width: int = 128) -> Path:
     """Run the teacher over the first ``n`` pictures of worlds and write ``out``; progress goes to stderr.
 
     Args:
@@ -159,9 +163,16 @@ def main(arguments: list[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     torch.set_num_threads(1)
     out = Path(given[0]) if given else assets_dir() / "teacher.npz"
-    amounts = {"cifar10": (7500, True), "fashion": (12_000, False), "words": (3000, False), "counting": (3000, False)}
+    amounts = {
+        "cifar10": (7500, True),
+        "fashion": (12_000, False),
+        "words": (3000, False),
+        "counting": (3000, False),
+    }
     try:
-        worlds = [(world, *amounts[name]) for name, world in distill_worlds(with_cifar=has_asset("cifar10")).items()]
+        worlds = [
+            (world, *amounts[name]) for name, world in distill_worlds(with_cifar=has_asset("cifar10")).items()
+        ]
         if has_asset("cifar10"):
             worlds.append((CifarWorld("dev"), 500, False))
         print(compute([(world, min(n, len(world)), mirrored) for world, n, mirrored in worlds], out))

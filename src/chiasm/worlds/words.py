@@ -132,7 +132,11 @@ def render_word(word: str, font_path: str, rng: np.random.Generator) -> tuple[np
     image = background + alpha[..., None] * (ink - background)
     inked = alpha > 0.5
     ys, xs = np.flatnonzero(inked.any(1)), np.flatnonzero(inked.any(0))
-    box = [int(xs[0]), int(ys[0]), int(xs[-1]) + 1, int(ys[-1]) + 1] if len(xs) else [x, y, x + width, y + height]
+    box = (
+        [int(xs[0]), int(ys[0]), int(xs[-1]) + 1, int(ys[-1]) + 1]
+        if len(xs)
+        else [x, y, x + width, y + height]
+    )
     facts = {"em": em, "angle": round(angle, 3), "box": box}
     return np.clip(np.rint(image), 0, 255).astype(np.uint8), facts
 

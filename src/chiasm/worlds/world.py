@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +24,17 @@ from PIL import Image
 
 from chiasm.errors import DataError
 
-__all__ = ["SIZE", "SPLITS", "Sample", "World", "build_cache", "cached", "load_cache", "resize_square", "write_jsonl"]
+__all__ = [
+    "SIZE",
+    "SPLITS",
+    "Sample",
+    "World",
+    "build_cache",
+    "cached",
+    "load_cache",
+    "resize_square",
+    "write_jsonl",
+]
 
 #: Side of every native picture in pixels: one tile of chiasm-mini.
 SIZE = 64
@@ -79,7 +91,9 @@ class World:
 
     def __init__(self, split: str, *, seed: int = 0) -> None:
         if split not in SPLITS:
-            raise DataError(f"unknown split {split!r} of world {self.family}: choose one of {', '.join(SPLITS)}")
+            raise DataError(
+                f"unknown split {split!r} of world {self.family}: choose one of {', '.join(SPLITS)}"
+            )
         self.split = split
         self.seed = seed
 
@@ -155,7 +169,15 @@ def write_jsonl(world: World, folder: str | Path, n: int | None = None) -> Path:
         }
         lines.append(json.dumps(row, ensure_ascii=False))
     (root / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    meta = {name: {"root": ".", "annotation": f"{name}.jsonl", "data_augment": False, "repeat_time": 1, "length": count}}
+    meta = {
+        name: {
+            "root": ".",
+            "annotation": f"{name}.jsonl",
+            "data_augment": False,
+            "repeat_time": 1,
+            "length": count,
+        }
+    }
     path = root / f"{name}.json"
     path.write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
     return path
@@ -172,7 +194,9 @@ def build_cache(world: World, n: int | None, out: str | Path, *, start: int = 0)
     """
     count = len(world) - start if n is None else n
     if count < 1 or start < 0 or start + count > len(world):
-        raise DataError(f"{world.family}/{world.split} has {len(world)} samples, no range {start}..{start + count}")
+        raise DataError(
+            f"{world.family}/{world.split} has {len(world)} samples, no range {start}..{start + count}"
+        )
     images = np.empty((count, SIZE, SIZE, 3), np.uint8)
     table: dict[str, int] = {}
     question_ids, answers, keys, meta = np.empty(count, np.int64), [], [], []
@@ -208,10 +232,12 @@ def load_cache(path: str | Path) -> dict[str, np.ndarray]:
         DataError: no such file, or not a cache.
     """
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with Path(path).open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
             arrays = {key: archive[key] for key in archive.files}
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"cannot read the cache {path} ({error}): build it again with worlds.build_cache") from error
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(
+            f"cannot read the cache {path} ({error}): build it again with worlds.build_cache"
+        ) from error
     missing = {"images", "question_ids", "questions", "answers", "keys", "meta", "manifest"} - set(arrays)
     if missing:
         raise DataError(f"{path} lacks {', '.join(sorted(missing))}: build it again with worlds.build_cache")
@@ -234,4 +260,3 @@ def resize_square(image: np.ndarray, size: int = SIZE) -> np.ndarray:
     """Resize one (H, W[, 3]) uint8 picture to (size, size, 3) by PIL's bicubic; grey becomes RGB."""
     picture = Image.fromarray(image).convert("RGB")
     return np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC))
-
