@@ -237,6 +237,14 @@ def test_pixels_are_cast_to_the_weights() -> None:
     torch.testing.assert_close(model.bfloat16()(pixels).float(), exact(pixels), rtol=0.05, atol=0.05)
 
 
+def test_autocast_keeps_the_residual_stream_wide() -> None:
+    model, pixels = InternViT(small()), torch.randn(2, 3, 24, 24)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        states = model.hidden_states(pixels, (0, -1))
+    assert [state.dtype for state in states] == [torch.float32, torch.float32]
+    torch.testing.assert_close(states[-1], model(pixels), rtol=0.05, atol=0.05)
+
+
 @pytest.mark.parametrize("drop_path", [0.0, 0.5])
 def test_checkpointing_changes_nothing_but_memory(drop_path: float) -> None:
     model, pixels = (

@@ -347,10 +347,11 @@ class InternViT(nn.Module):
             )
         patches_NCRQ = self.patch_embedding(pixels_N3HW.to(self.patch_embedding.weight.dtype))
         patches_NPC = patches_NCRQ.flatten(2).transpose(1, 2)
-        class_N1C = self.class_embedding.expand(patches_NPC.shape[0], -1, -1).to(patches_NPC.dtype)
+        class_N1C = self.class_embedding.expand(patches_NPC.shape[0], -1, -1)
         native = (self.config.grid, self.config.grid)
         position_1TC = resize_positions(self.position_embedding, native, (height // side, width // side))
-        return torch.cat([class_N1C, patches_NPC], dim=1) + position_1TC.to(patches_NPC.dtype)
+        # Under autocast the patches are narrower than the parameters: the residual stream takes the wider dtype.
+        return torch.cat([class_N1C, patches_NPC], dim=1) + position_1TC
 
     def _depth(self, select_layer: int) -> int:
         states = 1 + len(self.layers)
