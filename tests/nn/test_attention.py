@@ -102,6 +102,20 @@ def test_gradients_equal_the_dense_mask() -> None:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("lengths", [[6, 6, 6], [5, 7, 6, 4], [1, 9, 2]], ids=["equal", "filled up", "split"])
+def test_bf16_training_path_equals_the_dense_mask(lengths: list[int]) -> None:
+    doc = documents(lengths)
+    T = len(doc)
+    results = []
+    for function in (lambda q, k, v: attend(q, k, v, Segments.from_docs(doc)), lambda *x: attend_reference(*x, doc)):
+        leaves = [rows(T, h, i).bfloat16().requires_grad_() for i, h in enumerate((4, 2, 2))]
+        out = function(*leaves)
+        out.float().square().sum().backward()
+        results.append([out, *(x.grad for x in leaves)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=0.05, atol=0.05)
+
+
 def test_wrong_calls_say_what_is_wrong() -> None:
     x = rows(4, 2, 0)
     with pytest.raises(ConfigError, match="cover 3 tokens but the row has 4"):

@@ -163,11 +163,18 @@ def attend(
     if cache is None:
         if len(segments.lengths) == 1:
             return _one(q_THD, k_TGD.transpose(0, 1), v_TGD.transpose(0, 1), causal)
+        longest = max(segments.lengths)
         if len(set(segments.lengths)) == 1:  # equal documents: one batched call
-            n = segments.lengths[0]
-            q, k, v = (x.view(-1, n, x.shape[1], D).transpose(1, 2) for x in (q_THD, k_TGD, v_TGD))
-            o = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=G != H)
-            return o.transpose(1, 2).reshape(T, H, D)
+            q, k, v = (x.view(-1, longest, x.shape[1], D).transpose(1, 2) for x in (q_THD, k_TGD, v_TGD))
+            return _batched(q, k, v, causal).transpose(1, 2).reshape(T, H, D)
+        if causal and longest <= 256 and longest * len(segments.lengths) <= 2 * T:
+            # Many short documents: one batched call over rows filled up at the right, which causality hides.
+            rows = torch.arange(longest, device=q_THD.device)[None]
+            starts, ends = (torch.tensor(x, device=q_THD.device)[:, None] for x in (segments.starts, segments.lengths))
+            real_NL = rows < ends
+            index_NL = (starts + rows).clamp_max(T - 1)
+            q, k, v = (x[index_NL].transpose(1, 2) for x in (q_THD, k_TGD, v_TGD))
+            return _batched(q, k, v, causal).transpose(1, 2)[real_NL]
         parts = zip(*(x.split(segments.lengths) for x in (q_THD, k_TGD, v_TGD)), strict=True)
         return torch.cat([_one(q, k.transpose(0, 1), v.transpose(0, 1), causal) for q, k, v in parts])
 
@@ -182,6 +189,22 @@ def attend(
         out.append(_one(q_THD[at : at + n], k[slot, :, : p + n], v[slot, :, : p + n], True))
         at += n
     return out[0] if len(out) == 1 else torch.cat(out)
+
+
+def _batched(q_NHLD: Tensor, k_NGLD: Tensor, v_NGLD: Tensor, causal: bool) -> Tensor:
+    """Documents of one length L -> (N, H, L, D)."""
+    N, H, L, D = q_NHLD.shape
+    G = k_NGLD.shape[1]
+    if not (q_NHLD.requires_grad and q_NHLD.device.type == "cpu" and q_NHLD.dtype == torch.bfloat16 and L <= 512):
+        return F.scaled_dot_product_attention(q_NHLD, k_NGLD, v_NGLD, is_causal=causal, enable_gqa=G != H)
+    # The fused CPU kernel's bf16 backward takes 6x the time of two batched products (37 tokens, 9 heads, measured).
+    q = q_NHLD.reshape(N * G, H // G * L, D)
+    k, v = k_NGLD.reshape(N * G, L, D), v_NGLD.reshape(N * G, L, D)
+    scores = torch.bmm(q, k.transpose(1, 2)).view(N * G, H // G, L, L).float() * D**-0.5
+    if causal:
+        scores = scores + torch.full((L, L), float("-inf"), device=q.device).triu(1)
+    weights = scores.softmax(-1).to(v.dtype).view(N * G, -1, L)
+    return torch.bmm(weights, v).view(N, H, L, D)
 
 
 def _one(q_nHD: Tensor, k_GSD: Tensor, v_GSD: Tensor, causal: bool) -> Tensor:
