@@ -19,7 +19,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable
+import zipfile
+import zlib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,7 +35,16 @@ from chiasm.worlds.world import World
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["FEATURES", "GRID", "load_teacher", "project_maps", "teacher_maps"]
+__all__ = [
+    "FEATURES",
+    "GRID",
+    "compute",
+    "linear_probe",
+    "load_teacher",
+    "open_features",
+    "project_maps",
+    "teacher_maps",
+]
 
 INPUT, GRID, FEATURES = 128, 4, 1280
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -85,6 +96,41 @@ def teacher_maps(net: torch.nn.Module, images_NSS3: np.ndarray, *, batch: int = 
             x_N3HW = ((x_N3HW - mean) / std).contiguous(memory_format=torch.channels_last)
             map_NCHW = net.extract_features(x_N3HW)  # pyright: ignore[reportCallIssue]
             yield map_NCHW.flatten(2).transpose(1, 2).contiguous().numpy()
+
+
+def open_features(folder: str | Path | None = None) -> dict[str, np.ndarray]:
+    """Read ``teacher.npz`` of the prepared assets; the arrays are listed at the top of this module.
+
+    Raises:
+        DataError: it has not been computed, or is damaged.
+    """
+    path = assets_dir(folder) / "teacher.npz"
+    if not path.is_file():
+        raise DataError(f"no {path}: run `python -m chiasm.worlds.teacher` (about 10 minutes on one core)")
+    try:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
+            return {key: archive[key] for key in archive.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(
+            f"{path} is damaged ({error}): run `python -m chiasm.worlds.teacher` again"
+        ) from error
+
+
+def linear_probe(arrays: Mapping[str, np.ndarray], family: str = "cifar10", *, ridge: float = 10.0) -> float:
+    """Return the share of ``dev`` pictures whose class a ridge regression on pooled features gets right.
+
+    Fitted in closed form on the standardised features of the family's unmirrored training rows (targets one-hot,
+    centred). It says whether the features were computed and matched to their labels as they should.
+    """
+    mine = (arrays["family"] == family) & ~arrays["flip"]
+    train, dev = (np.flatnonzero(mine & (arrays["split"] == split)) for split in ("train", "dev"))
+    x = arrays["pooled"][train].astype(np.float64)
+    mean, deviation = x.mean(0), x.std(0) + 1e-6
+    x = (x - mean) / deviation
+    y = np.eye(int(arrays["labels"][train].max()) + 1)[arrays["labels"][train]]
+    weights = np.linalg.solve(x.T @ x + ridge * len(x) / 100 * np.eye(x.shape[1]), x.T @ (y - y.mean(0)))
+    scores = (arrays["pooled"][dev].astype(np.float64) - mean) / deviation @ weights + y.mean(0)
+    return float((scores.argmax(1) == arrays["labels"][dev]).mean())
 
 
 def project_maps(maps_NPC: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray, float]:

@@ -88,6 +88,8 @@ class World:
     family: str = ""
     #: Phrasings of the family's question; the first is canonical and the only one in dev and test.
     questions: tuple[str, ...] = ()
+    #: Raised whenever the same index would give another picture or question; part of every manifest.
+    version: int = 1
 
     def __init__(self, split: str, *, seed: int = 0) -> None:
         if split not in SPLITS:
@@ -108,8 +110,14 @@ class World:
         return (self.sample(index) for index in range(len(self)))
 
     def manifest(self) -> dict[str, Any]:
-        """Return what identifies this world's data: family, split, seed, length and the family's own facts."""
-        return {"family": self.family, "split": self.split, "seed": self.seed, "length": len(self)}
+        """Return what identifies this world's data: family, version, split, seed, length and the family's facts."""
+        return {
+            "family": self.family,
+            "version": self.version,
+            "split": self.split,
+            "seed": self.seed,
+            "length": len(self),
+        }
 
     def random(self, index: int, purpose: str = "") -> np.random.Generator:
         """Return a fresh generator that depends on (family, split, seed, index, purpose) only."""
