@@ -93,7 +93,8 @@ class Mixture:
                 )
         if not wanted or batch < 1 or len(wanted) > period:
             raise ConfigError(
-                f"a mixture needs batch >= 1 and 1..{period} weighted families, got batch {batch}, {len(wanted)} families"
+                f"a mixture needs batch >= 1 and 1..{period} weighted families, "
+                f"got batch {batch} and {len(wanted)} families"
             )
         self.names = tuple(sorted(wanted))
         self.sizes = {name: int(sizes[name]) for name in self.names}

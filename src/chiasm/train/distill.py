@@ -7,9 +7,12 @@ teacher here is EfficientNet-Lite0, whose last map at 128 px is the very 4 x 4 g
 
 Everything that the heads learn must be in the 16 tokens: each token regresses the teacher's feature at its place
 (smooth L1 and cosine), their mean regresses the pooled feature and classifies photographs and garments, and small
-heads over all tokens count objects and read letters. The heads are thrown away; the encoder is kept.
+heads over all tokens count objects and read letters. A token also says which letters, or whether an object, have
+their centre in its cell: local targets that are learnt long before the global ones. The heads are thrown away; the
+encoder is kept.
 
-Shape legend: N pictures, S = 64 pixels, P = 16 tokens, C = 4 x encoder width, D projected teacher width, L = 6 letters.
+Shape legend: N pictures, S = 64 pixels, P = 16 tokens, C = 4 x encoder width, D projected teacher width, L = 6 letters,
+K = 27 local facts (26 letters, "an object's centre").
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ from chiasm.worlds.cifar10 import CifarWorld
 from chiasm.worlds.counting import CountingWorld
 from chiasm.worlds.fashion import FashionWorld
 from chiasm.worlds.words import MAX_LETTERS, WordsWorld, letters
-from chiasm.worlds.world import SIZE, World, resize_square
+from chiasm.worlds.world import SIZE, Sample, World
 
 __all__ = [
     "Distill",
@@ -49,6 +52,8 @@ __all__ = [
 CLASSES = {"cifar10": 10, "fashion": 10, "counting": 5}
 ALPHABET = 27
 """Letters a-z and the blank behind a word's end."""
+LOCAL = 27
+_NARROW, _WIDE = "fijlrt", "mw"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -67,6 +72,7 @@ class DistillBatch:
         map_NPD: teacher's projected map, zero where unknown.
         pooled_NC: teacher's pooled feature minus its mean, zero where unknown.
         taught_N: bool, whether the teacher's features are known.
+        local_NPK: 0 or 1 for every token's cell; letters count for words only, objects for counting only.
     """
 
     images_NSS3: Tensor
@@ -76,10 +82,11 @@ class DistillBatch:
     map_NPD: Tensor
     pooled_NC: Tensor
     taught_N: Tensor
+    local_NPK: Tensor
 
     def to(self, device: torch.device | str) -> DistillBatch:
         """Return the batch on a device."""
-        names = ("images_NSS3", "labels_N", "letters_NL", "map_NPD", "pooled_NC", "taught_N")
+        names = ("images_NSS3", "labels_N", "letters_NL", "map_NPD", "pooled_NC", "taught_N", "local_NPK")
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
     def rows(self, family: str) -> Tensor:
@@ -191,9 +198,11 @@ class DistillSource:
             np.zeros((n, c), np.float32),
             np.zeros(n, bool),
         )
+        local = np.zeros((n, 16, LOCAL), np.float32)
         for i, (family, index) in enumerate(draws):
             sample = worlds[family].sample(index)
             images[i] = sample.image
+            local[i] = local_facts(sample, mirrored is not None and mirrored[i])
             if family == "words":
                 spelled[i] = letters(sample.answer)
             else:
@@ -211,7 +220,30 @@ class DistillSource:
             map_NPD=torch.from_numpy(maps),
             pooled_NC=torch.from_numpy(pooled),
             taught_N=torch.from_numpy(taught),
+            local_NPK=torch.from_numpy(local),
         )
+
+
+def local_facts(sample: Sample, mirrored: bool) -> np.ndarray:
+    """Return (P, K): which letters, or whether an object, have their centre in each cell of the 4 x 4 grid.
+
+    A letter's centre is estimated by dividing the inked box among the word's letters, narrow and wide ones by rule
+    of thumb; that is right to a few pixels, and a cell has sixteen.
+    """
+    local_PK = np.zeros((16, LOCAL), np.float32)
+    places: list[tuple[float, float, int]] = []
+    if sample.family == "words":
+        x0, y0, x1, y1 = sample.meta["box"]
+        shares = np.array([0.6 if c in _NARROW else 1.5 if c in _WIDE else 1.0 for c in sample.answer])
+        centres = x0 + (x1 - x0) * (shares.cumsum() - shares / 2) / shares.sum()
+        places = [(x, (y0 + y1) / 2, ord(c) - ord("a")) for c, x in zip(sample.answer, centres, strict=True)]
+    elif sample.family == "counting":
+        places = [(thing["x"], thing["y"], LOCAL - 1) for thing in sample.meta["objects"]]
+    for x, y, fact in places:
+        x = SIZE - x if mirrored else x
+        column, row = (min(max(int(v * 4 / SIZE), 0), 3) for v in (x, y))
+        local_PK[row * 4 + column, fact] = 1.0
+    return local_PK
 
 
 def augment(images_NSS3: Tensor, warped_N: Tensor, random: torch.Generator) -> Tensor:
@@ -241,7 +273,7 @@ class DistillData:
     """Which worlds, how many pictures, which shares."""
 
     weights: dict[str, float] = field(
-        default_factory=lambda: {"cifar10": 0.40, "fashion": 0.27, "words": 0.20, "counting": 0.13}
+        default_factory=lambda: {"cifar10": 0.34, "fashion": 0.30, "words": 0.24, "counting": 0.12}
     )
     words: int = 100_000
     """Distinct training pictures of words; they are drawn when they are needed."""
@@ -355,6 +387,8 @@ class Distill(Objective):
         self.classes = nn.ModuleDict(
             {name: nn.Linear(width, CLASSES[name]) for name in ("cifar10", "fashion")}
         )
+        self.local = nn.Linear(width, LOCAL)
+        nn.init.constant_(self.local.bias, -3.0)  # facts are rare: start from their rough frequency
         self.count = Reader(width, tokens, spec.narrow, 1, CLASSES["counting"])
         self.letters = Reader(width, tokens, spec.narrow, MAX_LETTERS, ALPHABET)
 
@@ -385,6 +419,14 @@ class Distill(Objective):
             scale = self.spec.letters if family == "words" else 1.0
             total = total + scale * each
             hits = (logits_NLK.argmax(-1) == target_NL).sum()
+            if family in ("words", "counting"):
+                facts = slice(0, LOCAL - 1) if family == "words" else slice(LOCAL - 1, LOCAL)
+                guess_NPK = self.local(x_NPC[rows])[..., facts].float()
+                near = F.binary_cross_entropy_with_logits(
+                    guess_NPK, batch.local_NPK[rows][..., facts], reduction="sum"
+                )
+                total = total + self.spec.local * near / x_NPC.shape[1]
+                metrics[f"{family}/local"] = (near.detach() / x_NPC.shape[1], len(rows))
             metrics[f"{family}/loss"] = (each.detach(), target_NL.numel())
             metrics[f"{family}/accuracy"] = (hits, target_NL.numel())
         taught = batch.taught_N.nonzero().flatten()
@@ -428,6 +470,7 @@ class DistillObjective:
     map: float = 1.0
     pooled: float = 1.0
     letters: float = 0.3
+    local: float = 1.0
     smoothing: float = 0.05
     narrow: int = 48
 

@@ -1,0 +1,155 @@
+"""``chiasm train RECIPE``: run a recipe in a run folder, or resume one.
+
+A recipe is named ``system/function`` (``internvl/debug``) or ``./file.py:function`` (the user's own). The folder of
+the run is printed on stdout; what happens goes to stderr.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from chiasm.errors import UsageError
+
+if TYPE_CHECKING:
+    from chiasm.train.recipe import Recipe
+
+__all__ = ["RECIPE_HOMES", "find_recipe", "train", "train_command"]
+
+RECIPE_HOMES = {"internvl": "chiasm.systems.internvl.recipes"}
+"""System -> module whose ``__all__`` names its recipe functions."""
+
+
+def find_recipe(reference: str) -> Callable[[], Recipe]:
+    """Return the recipe function that ``system/function`` or ``path.py:function`` names.
+
+    Raises:
+        UsageError: no such system, file or function; the message lists what there is.
+    """
+    if ":" in reference:
+        file, _, function = reference.rpartition(":")
+        module = _load_file(Path(file))
+        found = getattr(module, function, None)
+        if not callable(found):
+            raise UsageError(f"{file} has no function {function!r} that returns a recipe")
+        return found
+    system, _, function = reference.partition("/")
+    if system not in RECIPE_HOMES:
+        raise UsageError(
+            f"no recipe {reference!r}: name it system/function with a system of {', '.join(RECIPE_HOMES)}, "
+            "or ./file.py:function"
+        )
+    module = importlib.import_module(RECIPE_HOMES[system])
+    if function not in module.__all__:
+        raise UsageError(f"system {system!r} has no recipe {function!r}; it has {', '.join(module.__all__)}")
+    return getattr(module, function)
+
+
+def _load_file(path: Path) -> object:
+    spec = importlib.util.spec_from_file_location(path.stem, path) if path.is_file() else None
+    if spec is None or spec.loader is None:
+        raise UsageError(f"no Python file {path}: name a recipe as ./file.py:function")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # dataclasses look their module up while it is executed
+    spec.loader.exec_module(module)
+    return module
+
+
+def train(
+    recipe: str | None = None,
+    *,
+    overrides: tuple[str, ...] = (),
+    resume: Path | None = None,
+    runs: Path = Path("runs"),
+    run_id: str | None = None,
+    device: str = "cpu",
+    threads: int | None = None,
+    until: int | None = None,
+) -> Path:
+    """Start a recipe or resume a run; return the run folder once it is finished or was asked to stop.
+
+    Args:
+        recipe: name of the recipe; not given with ``resume``.
+        overrides: ``path=value`` settings; not given with ``resume``.
+        resume: folder of a run, which remembers its recipe and overrides.
+        runs: folder that receives new runs.
+        run_id: name of the new run.
+        device: where to train.
+        threads: of PyTorch on the CPU.
+        until: stop after this step, to be resumed.
+
+    Raises:
+        UsageError: neither or both of recipe and resume, unknown recipe, wrong override.
+    """
+    import torch
+
+    from chiasm.train.recipe import apply_overrides
+    from chiasm.train.run import RunFolder
+    from chiasm.train.trainer import Trainer
+
+    if (recipe is None) == (resume is None) or (resume is not None and (overrides or run_id)):
+        raise UsageError("give either RECIPE (with --set and --id) or --resume RUN alone")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if resume is not None:
+        run = RunFolder.open(resume)
+        recipe, overrides = run.info["reference"], tuple(run.info["overrides"])
+        tree = apply_overrides(find_recipe(str(recipe))(), overrides)
+    else:
+        tree = apply_overrides(find_recipe(str(recipe))(), overrides)
+        run = RunFolder.create(runs, tree, run_id=run_id, reference=str(recipe), overrides=tuple(overrides))
+    Trainer(tree, run, device=device).fit(until=until)
+    return run.path
+
+
+def train_command(
+    recipe: Annotated[
+        str | None, typer.Argument(help="system/function, or ./file.py:function", show_default=False)
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="Change one field: optim.lr=1e-4 (repeatable).")
+    ] = None,
+    resume: Annotated[Path | None, typer.Option(help="Continue this run to the sample.")] = None,
+    runs: Annotated[Path, typer.Option(help="Folder of runs.")] = Path("runs"),
+    run_id: Annotated[str | None, typer.Option("--id", help="Name of the run.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
+    threads: Annotated[int | None, typer.Option(help="CPU threads of PyTorch.")] = None,
+    until: Annotated[int | None, typer.Option(help="Stop after this step, to be resumed.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Same as --set seed=N.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
+) -> None:
+    """Train a recipe. Interrupt it at any time; --resume continues as if nothing had happened."""
+    settings = tuple(overrides or ()) + (() if seed is None else (f"seed={seed}",))
+    path = train(
+        recipe,
+        overrides=settings,
+        resume=resume,
+        runs=runs,
+        run_id=run_id,
+        device=device,
+        threads=threads,
+        until=until,
+    )
+    if not as_json:
+        print(path)
+        return
+    from chiasm.train.run import RunFolder
+
+    run = RunFolder.open(path)
+    rows = run.metrics()
+    losses = [row for row in rows if "loss" in row]
+    scores = [row["eval"] for row in rows if "eval" in row]
+    result = {
+        "run": str(path),
+        "step": losses[-1]["step"] if losses else 0,
+        "loss": losses[-1]["loss"] if losses else None,
+        "scores": scores[-1] if scores else {},
+    }
+    print(json.dumps(result))
