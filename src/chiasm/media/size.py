@@ -31,7 +31,8 @@ def image_size(source: ImageSource, *, orient: bool = True) -> tuple[int, int]:
     """
     if isinstance(source, np.ndarray):
         return open_image(source).size
-    if isinstance(source, Image.Image):
+    # A picture without a format was made in memory; another one may still be undecoded.
+    if isinstance(source, Image.Image) and (source.format is None or source.format in _PLAIN):
         return _upright(source) if orient else source.size
     if isinstance(source, str | Path) and not (isinstance(source, str) and is_url(source)):
         found = _from_header(local_path(source), orient)

@@ -21,9 +21,15 @@ __all__ = ["ROLES", "TEMPLATES", "Piece", "Template", "get_template", "join"]
 ROLES = ("system", "user", "assistant")
 
 # InternVL 2.5 and 3, in their checkpoints' conversation.py.
-SYSTEM_2_5 = "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
+SYSTEM_2_5 = (
+    "你是书生·万象，英文名是InternVL，"
+    "是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
+)
 # InternVL 1.5 and 2.0; the space after the comma is theirs.
-SYSTEM_2_0 = "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"
+SYSTEM_2_0 = (
+    "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，"
+    "英文名叫InternVL, 是一个有用无害的人工智能助手。"
+)
 
 
 class KnowsIds(Protocol):
