@@ -5,6 +5,10 @@ an answer and its stop token are learned; the header before it and the newline a
 counted in tokens of the header and the tail, as the official recipe counts them, so a token that begins in the
 header is never learned, even where a vocabulary merges the header's newline with newlines of the answer.
 
+The recipes before 2.5 (Hermes-2, internlm2-chat, phi3-chat) mean the same rule but find the borders by splitting the
+string; where that fails they drop the sample (several Phi-3 turns, an answer that spells the end tag), and an answer
+without text loses its end tag there. Here such samples are learned like all others.
+
 Legend: T tokens of the conversation.
 """
 
