@@ -412,27 +412,28 @@ def _write_shards(
     shard_of: dict[str, int] = {}
     total = shards = 0
     for shards, batch in enumerate(_batches(tensors, max_shard_bytes), start=1):
-        for name, tensor in batch:
-            if name in shard_of:
-                raise CheckpointError(f"tensor name {name} occurs twice: rename one")
-            shard_of[name] = shards
-            total += tensor.numel() * tensor.element_size()
+        total += sum(tensor.numel() * tensor.element_size() for _, tensor in batch)
+        names = [name for name, _ in batch]
+        twice = next((name for name in names if name in shard_of), None)
+        if twice is not None:
+            raise CheckpointError(f"tensor name {twice} occurs twice: rename one")
+        shard_of |= dict.fromkeys(names, shards)
         write_safetensors(temporary / _numbered(shards), batch, metadata)
         batch.clear()  # before the next shard is gathered: one shard in memory, not two
     if not shards:
         raise CheckpointError(f"nothing to write to {target}: there are no tensors")
     if shards == 1:
-        names = (SINGLE,)
+        files = (SINGLE,)
     else:
-        names = tuple(f"model-{i:05d}-of-{shards:05d}.safetensors" for i in range(1, shards + 1))
+        files = tuple(f"model-{i:05d}-of-{shards:05d}.safetensors" for i in range(1, shards + 1))
         index = {
             "metadata": {"total_size": total},
-            "weight_map": {name: names[i - 1] for name, i in sorted(shard_of.items())},
+            "weight_map": {name: files[i - 1] for name, i in sorted(shard_of.items())},
         }
         (temporary / INDEX).write_text(_json(index), encoding="utf-8")
-    for i, name in enumerate(names, start=1):
+    for i, name in enumerate(files, start=1):
         (temporary / _numbered(i)).rename(temporary / name)
-    return Written(folder=target, shards=names, tensors=len(shard_of), bytes=total)
+    return Written(folder=target, shards=files, tensors=len(shard_of), bytes=total)
 
 
 def _batches(tensors: Iterable[tuple[str, Tensor]], max_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
