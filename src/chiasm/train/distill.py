@@ -460,7 +460,7 @@ def _regress(guess: Tensor, target: Tensor) -> Tensor:
     """Sum over pictures of smooth L1 (mean over all else) and cosine distance (mean over places)."""
     close = F.smooth_l1_loss(guess, target, reduction="none").flatten(1).mean(1)
     angle = 1 - F.cosine_similarity(guess, target, dim=-1)
-    return (close + angle.flatten(1).mean(1)).sum()
+    return (close + angle.reshape(len(angle), -1).mean(1)).sum()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
