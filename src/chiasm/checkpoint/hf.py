@@ -187,7 +187,7 @@ LANGUAGE_DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 def vision_from_hf(public: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(vision config in the original's spelling, complete; the keys that only transformers has, verbatim)."""
+    """(vision config in the original's spelling, complete; what else transformers says, verbatim)."""
     filled = {**HF_VISION_DEFAULTS, **public}
     vision = {original: filled[hf] for original, hf in _VISION_KEYS.items()}
     for name in ("patch_size", "image_size"):  # pairs of equal sides in this layout
@@ -195,7 +195,9 @@ def vision_from_hf(public: dict[str, Any]) -> tuple[dict[str, Any], dict[str, An
         if isinstance(side, list) and len(set(side)) == 1:
             vision[name] = side[0]
     known = {*_VISION_KEYS.values(), "model_type"}
-    return vision, {key: value for key, value in public.items() if key not in known}
+    extras = {key: value for key, value in public.items() if key not in known}
+    absent = object()
+    return vision, {k: v for k, v in extras.items() if HF_VISION_CONSTANTS.get(k, absent) != v}
 
 
 def vision_to_hf(vision: dict[str, Any], extras: dict[str, Any]) -> dict[str, Any]:
