@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from chiasm.data.message import parse_messages
+from chiasm.data.message import from_row, parse_messages
 from chiasm.errors import DataError
 from chiasm.worlds import FAMILIES, build_cache, cached, load_cache, open_world, write_jsonl
 from chiasm.worlds.counting import CountingWorld
@@ -41,6 +41,9 @@ def test_jsonl_layout_round_trip(tmp_path):
         with Image.open(path.parent / meta["root"] / row["image"]) as picture:
             np.testing.assert_array_equal(np.asarray(picture), sample.image)
         assert (row["width"], row["height"], row["id"]) == (64, 64, sample.key)
+        asked, answered = from_row(row).turns
+        assert [part.value for part in asked.of_kind("image")] == [row["image"]]
+        assert (asked.role, answered.role, answered.text) == ("user", "assistant", sample.answer)
         human, gpt = row["conversations"]
         assert human == {"from": "human", "value": f"<image>\n{sample.question}"}
         assert gpt == {"from": "gpt", "value": sample.answer}

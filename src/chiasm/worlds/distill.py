@@ -51,7 +51,7 @@ def distill_worlds(*, with_cifar: bool = True, folder: str | Path | None = None)
     }
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class DistillBatch:
     """One batch with everything that is known about each picture.
 

@@ -3,7 +3,7 @@
 Mini-InternVL distils a small vision model from a large one; here the teacher is the only ImageNet network with
 PyTorch weights that package indices carry (extra ``teacher``: 4.65 M parameters, Apache-2.0). Its last feature map
 at 128 px input is 4 x 4 x 1280: exactly the token grid of chiasm-mini's tile. Pictures are the worlds' 64 px
-pictures, doubled by bicubic interpolation and normalised by ImageNet's mean and deviation.
+pictures, doubled by bicubic interpolation and normalised as the network was trained: (pixel - 127) / 128.
 
 File ``teacher.npz`` (N rows, one picture each; D = 128 principal axes):
   ``pooled``  (N, 1280) float16, mean of the map over its 16 places
@@ -47,7 +47,9 @@ __all__ = [
 ]
 
 INPUT, GRID, FEATURES = 128, 4, 1280
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+#: The weights come from TensorFlow's Lite models, which see (pixel - 127) / 128; with ImageNet's mean and deviation
+#: a linear probe on CIFAR-10 (1,500 training, 500 dev pictures) drops from 81 to 76 %.
+_MEAN, _STD = (127 / 255,) * 3, (128 / 255,) * 3
 
 
 def load_teacher() -> torch.nn.Module:

@@ -41,7 +41,7 @@ SIZE = 64
 SPLITS = ("train", "dev", "test")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Sample:
     """One question about one picture.
 
