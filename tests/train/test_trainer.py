@@ -87,7 +87,7 @@ def test_sigterm_saves_and_leaves_in_peace(tmp_path):
 
 
 def _start(folder):
-    code = "import sys, pathlib; from tests.train import tiny_run as t; t.main(pathlib.Path(sys.argv[1]), t.slow_tiny())"
+    code = "import sys; from tests.train import tiny_run as t; t.main(sys.argv[1], t.slow_tiny())"
     root = Path(__file__).parents[2]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
     command = [sys.executable, "-c", code, str(folder)]

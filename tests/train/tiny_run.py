@@ -115,8 +115,9 @@ def slow_tiny() -> Recipe:
     return tiny(data=BlobData(slow=0.02), steps=30, save_every=5)
 
 
-def main(folder: Path, recipe: Recipe) -> None:
+def main(path: str, recipe: Recipe) -> None:
     torch.set_num_threads(1)
+    folder = Path(path)
     known = (folder / "run.json").exists()
     run = RunFolder.open(folder) if known else RunFolder.create(folder.parent, recipe, run_id=folder.name)
     Trainer(recipe, run).fit()

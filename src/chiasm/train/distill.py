@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from chiasm.errors import ConfigError, DataError
 from chiasm.parts.compress.unshuffle import pixel_unshuffle
 from chiasm.parts.vision.internvit import InternViT, InternViTConfig
+from chiasm.train.augment import augment, mirror
 from chiasm.train.data import Draw, Source
 from chiasm.train.objective import Loss, Objective
 from chiasm.worlds.assets import assets_dir
@@ -173,10 +174,7 @@ class DistillSource:
         mirrored = (torch.rand(len(draws), generator=random) < 0.5).tolist()
         mirrored = [flip and family != "words" for flip, (family, _) in zip(mirrored, draws, strict=True)]
         batch = self._collect(self.worlds, draws, mirrored)
-        images_NSS3 = batch.images_NSS3.clone()
-        for i, flip in enumerate(mirrored):
-            if flip:
-                images_NSS3[i] = images_NSS3[i].flip(1)
+        images_NSS3 = mirror(batch.images_NSS3, torch.tensor(mirrored))
         warped = torch.tensor([family in ("cifar10", "fashion") for family, _ in draws])
         return replace(batch, images_NSS3=augment(images_NSS3, warped, random))
 
@@ -244,28 +242,6 @@ def local_facts(sample: Sample, mirrored: bool) -> np.ndarray:
         column, row = (min(max(int(v * 4 / SIZE), 0), 3) for v in (x, y))
         local_PK[row * 4 + column, fact] = 1.0
     return local_PK
-
-
-def augment(images_NSS3: Tensor, warped_N: Tensor, random: torch.Generator) -> Tensor:
-    """Shift by up to 4 px and zoom by 0.9 to 1.15 where ``warped_N``; change brightness and contrast of all by 15 %.
-
-    Returns uint8 like the input. The shift is a quarter of a token at most, so maps still belong to their places.
-    """
-    n, side = images_NSS3.shape[0], images_NSS3.shape[1]
-    x_N3SS = images_NSS3.permute(0, 3, 1, 2).float()
-    zoom_N = 0.9 + 0.25 * torch.rand(n, generator=random)
-    shift_N2 = (torch.rand(n, 2, generator=random) * 2 - 1) * (8 / side)
-    gain_N, offset_N = 0.85 + 0.3 * torch.rand(n, generator=random), 38 * torch.rand(n, generator=random) - 19
-    theta_N23 = torch.zeros(n, 2, 3)
-    theta_N23[:, 0, 0] = theta_N23[:, 1, 1] = 1 / zoom_N
-    theta_N23[:, :, 2] = shift_N2
-    rows = warped_N.nonzero().flatten()
-    if len(rows):
-        grid_NSS2 = F.affine_grid(theta_N23[rows], [len(rows), 3, side, side], align_corners=False)
-        x_N3SS[rows] = F.grid_sample(x_N3SS[rows], grid_NSS2, padding_mode="border", align_corners=False)
-    middle_N111 = x_N3SS.mean((1, 2, 3), keepdim=True)
-    x_N3SS = (x_N3SS - middle_N111) * gain_N.view(-1, 1, 1, 1) + middle_N111 + offset_N.view(-1, 1, 1, 1)
-    return x_N3SS.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

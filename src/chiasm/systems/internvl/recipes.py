@@ -1,15 +1,132 @@
 """Training recipes of the InternVL system.
 
-``mini_distill`` gives the bundled model its eyes.
+``debug``: a toy of the whole pipeline, seconds on one core. ``mini_distill`` gives the bundled model its eyes,
+``mini_sft`` connects them to the language model.
+
+The bundled model is trained by the two of them in turn::
+
+    chiasm train internvl/mini_distill --id mini-distill
+    chiasm train internvl/mini_sft --id mini-sft --set model.vision_from=runs/mini-distill
 """
 
 from __future__ import annotations
 
-from chiasm.parts.vision.internvit import internvit_mini
-from chiasm.train.distill import DistillData, DistillObjective, StudentSpec
-from chiasm.train.recipe import Optim, Recipe, Schedule
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
 
-__all__ = ["mini_distill"]
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers
+from torch import Tensor
+
+from chiasm.checkpoint.vocab import SPECIAL_TOKENS
+from chiasm.checkpoint.wheel import smollm2_folder
+from chiasm.data.layout import LayoutSpec
+from chiasm.errors import CheckpointError
+from chiasm.model.causal import CausalVLM
+from chiasm.parts.language.config import LanguageConfig
+from chiasm.parts.vision.internvit import InternViTConfig, internvit_mini
+from chiasm.systems.internvl.mini import MiniConfig, build_mini, spec_of
+from chiasm.systems.internvl.model import build_internvl
+from chiasm.text.tokenizer import Tokenizer, byte_alphabet
+from chiasm.train.distill import DistillData, DistillObjective, StudentSpec
+from chiasm.train.recipe import Group, Optim, Recipe, Schedule
+from chiasm.train.run import RunFolder
+from chiasm.train.sft import ChatSource, FinetuneObjective
+from chiasm.worlds import CountingWorld, World, open_world
+
+__all__ = ["debug", "mini_distill", "mini_sft"]
+
+
+# --- the toy --------------------------------------------------------------------------------------------------
+
+_DEBUG = MiniConfig(
+    vision=InternViTConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        layers=2,
+        heads=2,
+        patch_size=16,
+        image_size=64,
+        layer_scale_init=1.0,
+        drop_path=0.1,
+    )
+)
+
+
+def _byte_tokenizer() -> Tokenizer:
+    """One token a byte, plus those of the chat template and of pictures."""
+    vocabulary = {character: byte for byte, character in byte_alphabet().items()}
+    backend = Backend(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    backend.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    tokenizer = Tokenizer(backend)
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>", *SPECIAL_TOKENS])
+    return tokenizer
+
+
+def _debug_language(tokenizer: Tokenizer) -> LanguageConfig:
+    return LanguageConfig(
+        family="llama",
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=64,
+        intermediate_size=128,
+        layers=2,
+        heads=4,
+        kv_heads=2,
+        head_dim=16,
+        tie_words=True,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DebugModel:
+    """A random InternVL of some 100,000 parameters."""
+
+    def build(self) -> CausalVLM:
+        """Return the model, drawn from the global generator."""
+        tokenizer = _byte_tokenizer()
+        _, whole = spec_of(_DEBUG, _debug_language(tokenizer), tokenizer)
+        return build_internvl(whole, generator=torch.Generator().manual_seed(torch.initial_seed()))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DebugData:
+    """Counting scenes only; they need no assets."""
+
+    size: int = 200
+    dev_size: int = 20
+
+    def open(self) -> ChatSource:
+        """Return the source."""
+        tokenizer = _byte_tokenizer()
+        spec, _ = spec_of(_DEBUG, _debug_language(tokenizer), tokenizer)
+        worlds, dev = ({"counting": CountingWorld(split, size=self.size)} for split in ("train", "dev"))
+        return ChatSource(
+            worlds, dev, {"counting": 1.0}, spec, mirrored=("counting",), dev_size=self.dev_size
+        )
+
+
+def debug() -> Recipe:
+    """20 steps of a random toy model on counting scenes: every part of training, a few seconds."""
+    return Recipe(
+        name="debug",
+        model=DebugModel(),
+        objective=FinetuneObjective(),
+        data=DebugData(),
+        steps=20,
+        batch=8,
+        accumulate=2,
+        optim=Optim(lr=3e-3, groups=(Group(pattern="embedder.vision.*", lr_scale=0.5),)),
+        schedule=Schedule(warmup=3, final=0.1),
+        eval_every=10,
+        save_every=10,
+    )
+
+
+# --- chiasm-mini ----------------------------------------------------------------------------------------------
 
 
 def mini_distill() -> Recipe:
@@ -27,4 +144,135 @@ def mini_distill() -> Recipe:
         eval_every=500,
         save_every=250,
         keep_last=2,
+    )
+
+
+def vision_weights(source: str | Path) -> dict[str, Tensor]:
+    """Return InternViT weights by native name: of a distillation run's last checkpoint, or of a safetensors file.
+
+    Raises:
+        CheckpointError: there are none.
+    """
+    path = Path(source)
+    if path.is_dir():
+        state = RunFolder.open(path).load().weights
+        state = {name.removeprefix("vision."): t for name, t in state.items() if name.startswith("vision.")}
+    elif path.is_file():
+        state = load_file(path)
+    else:
+        raise CheckpointError(
+            f"no vision weights in {path}: run chiasm train internvl/mini_distill, then name its run folder "
+            "with --set model.vision_from=runs/…"
+        )
+    if not state:
+        raise CheckpointError(f"{path} holds no weights named vision.*: name a distillation run")
+    return state
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MiniModel:
+    """chiasm-mini before stage 2: frozen language model, distilled encoder, fresh projector and adapters."""
+
+    config: MiniConfig = field(default_factory=MiniConfig)
+    language_folder: str | None = None
+    """A Llama-layout folder; none takes SmolLM2 from its wheel."""
+    language_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    vision_from: str | None = "runs/mini-distill"
+    """A distillation run or a safetensors file; none starts from random weights."""
+
+    def build(self) -> CausalVLM:
+        """Return the model; its fresh weights are drawn from the global generator."""
+        model, _ = build_mini(
+            self.config,
+            language_folder=self.language_folder,
+            language_dtype=getattr(torch, self.language_dtype),
+            seed=torch.initial_seed(),
+        )
+        if self.vision_from is not None:
+            try:
+                model.embedder.vision.load_state_dict(vision_weights(self.vision_from))
+            except RuntimeError as error:
+                reason = " ".join(str(error).split())[:200]
+                raise CheckpointError(f"{self.vision_from} does not fit the encoder: {reason}") from error
+        return model
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MiniData:
+    """The four families as questions and answers."""
+
+    config: MiniConfig = field(default_factory=MiniConfig)
+    """The model's own, for template and tokens per tile."""
+    language_folder: str | None = None
+    weights: dict[str, float] = field(
+        default_factory=lambda: {"cifar10": 0.30, "fashion": 0.30, "words": 0.25, "counting": 0.15}
+    )
+    words: int = 100_000
+    pseudo: float = 0.3
+    counting: int = 100_000
+    seed: int = 2
+    """Seed of the rendered worlds: other pictures than the distillation saw."""
+    dev_size: int = 100
+    folder: str | None = None
+    """Folder of prepared assets; none takes ``$CHIASM_DATA`` or the platform's cache."""
+
+    def open(self) -> ChatSource:
+        """Return the source.
+
+        Raises:
+            DataError: assets of a family are missing; the message says what to run, and weight 0 leaves it out.
+        """
+        tokenizer = Tokenizer.from_file(self.language_folder or smollm2_folder())
+        tokenizer.add_special_tokens(SPECIAL_TOKENS)
+        spec = layout_of(self.config, tokenizer)
+        train, dev = (
+            {name: self._world(name, split) for name, weight in self.weights.items() if weight > 0}
+            for split in ("train", "dev")
+        )
+        return ChatSource(
+            train,
+            dev,
+            self.weights,
+            spec,
+            mirrored=("cifar10", "fashion", "counting"),
+            warped=("cifar10", "fashion"),
+            dev_size=self.dev_size,
+        )
+
+    def _world(self, family: str, split: str) -> World:
+        options: dict[str, object] = {"seed": self.seed}
+        if family in ("cifar10", "fashion", "words"):
+            options["folder"] = self.folder
+        if split == "train" and family == "words":
+            options |= {"size": self.words, "pseudo": self.pseudo}
+        if split == "train" and family == "counting":
+            options["size"] = self.counting
+        return open_world(family, split, **options)
+
+
+def layout_of(config: MiniConfig, tokenizer: Tokenizer) -> LayoutSpec:
+    """Return how the bundled model's input is laid out; needs the tokenizer only, not the language model."""
+    spec, _ = spec_of(config, _debug_language(tokenizer), tokenizer)
+    return spec
+
+
+def mini_sft() -> Recipe:
+    """Stage 2 of chiasm-mini: projector, encoder and adapters learn to answer; the language model stays frozen."""
+    return Recipe(
+        name="mini-sft",
+        model=MiniModel(),
+        objective=FinetuneObjective(),
+        data=MiniData(),
+        steps=2500,
+        batch=16,
+        optim=Optim(
+            lr=1e-3,
+            weight_decay=0.01,
+            beta2=0.99,
+            groups=(Group(pattern="embedder.vision.*", lr_scale=0.2),),
+        ),
+        schedule=Schedule(kind="cosine", warmup=100, final=0.02),
+        compute="bfloat16",
+        eval_every=500,
+        save_every=100,
     )

@@ -1,0 +1,176 @@
+"""Supervised fine-tuning of a multimodal model on question-answer worlds.
+
+What: ``ChatSource`` (samples of worlds laid out as conversations and packed into one Sequence), ``Finetune`` (the
+objective: next-token loss on the answers) and ``FinetuneObjective`` (its description).
+Source: InternVL 2.5, stages 1.5 and 2: loss on assistant tokens only, weighted per sample as the layout says.
+
+Pictures of worlds already have the size of one tile, so only their text is laid out by ``data.layout``, once for
+each (question, answer); the pixels are put beside it afterwards. ``slow_document`` is the long way round.
+
+Shape legend: N pictures, S side of a tile, T rows of a packed batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from chiasm.data.layout import LayoutSpec, layout
+from chiasm.data.sequence import IGNORE, MediaBatch
+from chiasm.data.sequence import Sequence as Row
+from chiasm.errors import ConfigError
+from chiasm.model.causal import CausalVLM
+from chiasm.train.augment import augment, mirror
+from chiasm.train.data import Draw, Source
+from chiasm.train.objective import Loss, Objective
+from chiasm.worlds.world import Sample, World
+
+__all__ = ["ChatSource", "Finetune", "FinetuneObjective", "answer_hits", "slow_document"]
+
+
+def slow_document(sample: Sample, spec: LayoutSpec) -> Row:
+    """Return the document of one sample by the plain way: the whole conversation through ``layout``."""
+    return layout(sample.to_message(), spec, train=True)
+
+
+class ChatSource:
+    """Worlds as training conversations.
+
+    Args:
+        worlds: family -> training world.
+        dev: family -> dev world; never the test split.
+        weights: family -> share of draws.
+        spec: layout of the model that will read them.
+        mirrored: families whose pictures may be mirrored.
+        warped: families whose pictures may be shifted and zoomed.
+        jitter: False leaves pictures as they are, whatever the two above say.
+        dev_size: dev samples per family.
+
+    Raises:
+        ConfigError: the layout would cut a picture into tiles.
+    """
+
+    def __init__(
+        self,
+        worlds: Mapping[str, World],
+        dev: Mapping[str, World],
+        weights: Mapping[str, float],
+        spec: LayoutSpec,
+        *,
+        mirrored: Sequence[str] = (),
+        warped: Sequence[str] = (),
+        jitter: bool = True,
+        dev_size: int = 100,
+    ) -> None:
+        if spec.tiles.dynamic or spec.tiles.pad2square:
+            raise ConfigError("a ChatSource shows one tile a picture: use TilePolicy(dynamic=False)")
+        self.worlds, self._dev, self._weights, self.spec = worlds, dev, weights, spec
+        self.mirrored, self.warped, self.jitter, self.dev_size = mirrored, warped, jitter, dev_size
+        self._texts: dict[tuple[str, str], Row] = {}
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        """Family -> number of training samples."""
+        return {name: len(world) for name, world in self.worlds.items()}
+
+    @property
+    def weights(self) -> Mapping[str, float]:
+        """Family -> share."""
+        return self._weights
+
+    def fetch(self, draws: Sequence[Draw], random: torch.Generator) -> Row:
+        """Return the draws as one packed sequence, pictures augmented."""
+        samples = [self.worlds[family].sample(index) for family, index in draws]
+        images_NSS3 = torch.from_numpy(np.stack([sample.image for sample in samples]))
+        if self.jitter:
+            may_flip = torch.tensor([family in self.mirrored for family, _ in draws])
+            flipped = may_flip & (torch.rand(len(draws), generator=random) < 0.5)
+            warped = torch.tensor([family in self.warped for family, _ in draws])
+            images_NSS3 = augment(mirror(images_NSS3, flipped), warped, random)
+        return Row.pack([self.document(s, image) for s, image in zip(samples, images_NSS3, strict=True)])
+
+    def document(self, sample: Sample, image_SS3: Tensor | None = None) -> Row:
+        """Return one sample as a document, with its own picture or ``image_SS3`` (uint8) in its place."""
+        if sample.image.shape[0] != self.spec.tiles.image_size:
+            return slow_document(sample, self.spec)
+        key = (sample.question, sample.answer)
+        if key not in self._texts:
+            blank = replace(sample, image=np.zeros_like(sample.image))
+            row = slow_document(blank, self.spec)
+            # The blank picture's content hash must not stand for other pictures.
+            self._texts[key] = replace(row, spans=tuple(replace(span, key="") for span in row.spans))
+        image_SS3 = torch.from_numpy(sample.image) if image_SS3 is None else image_SS3
+        tile_13SS = image_SS3.permute(2, 0, 1)[None].contiguous()
+        return replace(self._texts[key], media={"image": MediaBatch(tile_13SS)})
+
+    def dev(self, family: str) -> list[Row]:
+        """Return the first dev samples of a family as documents, unaugmented."""
+        world = self._dev[family]
+        return [self.document(world.sample(index)) for index in range(min(self.dev_size, len(world)))]
+
+
+def answer_hits(model: CausalVLM, row: Row) -> Tensor:
+    """Return (docs,) bool: would greedy decoding give exactly the labelled answer of each document?
+
+    One forward pass suffices: greedy decoding reproduces an answer if and only if, with the answer itself as
+    context, every labelled token (its stop token included) is the most probable one.
+    """
+    row = row.to(model.device)
+    if row.labels_T is None:
+        raise ConfigError("answer_hits needs labels: lay the sequence out with train=True")
+    rows = (row.labels_T != IGNORE).nonzero().flatten()
+    guess = model.head.logits(model.hidden(row)[rows]).argmax(-1)  # type: ignore[operator]
+    wrong = row.doc_T[rows][guess != row.labels_T[rows]].long()
+    hits = torch.ones(row.docs, dtype=torch.bool, device=row.ids_T.device)
+    hits[wrong] = False
+    return hits
+
+
+class Finetune(Objective):
+    """Next-token loss on answers; dev scores are exact answers under greedy decoding."""
+
+    def __init__(self, dev_batch: int) -> None:
+        super().__init__()
+        self.dev_batch = dev_batch
+
+    def loss(self, model: nn.Module, batch: Row) -> Loss:
+        """Return the model's own loss of a packed sequence.
+
+        A model whose loss has several parts gets their weighted mean, which micro-batches then average equally.
+        """
+        if not isinstance(model, CausalVLM):
+            raise ConfigError(f"Finetune needs a CausalVLM, got {type(model).__name__}")
+        parts = model.loss(batch).parts
+        metrics = {f"{name}/loss": (p.total.detach(), p.weight.detach()) for name, p in parts.items()}
+        if len(parts) == 1:
+            (part,) = parts.values()
+            return Loss(total=part.scale * part.total, weight=part.weight, metrics=dict(metrics))
+        mean = torch.stack([part.scale * part.mean for part in parts.values()]).sum()
+        return Loss(total=mean, weight=1.0, metrics=dict(metrics))
+
+    def evaluate(self, model: nn.Module, source: Source) -> dict[str, float]:
+        """Return the share of exact answers by family of the dev split."""
+        if not isinstance(source, ChatSource) or not isinstance(model, CausalVLM):
+            raise ConfigError("Finetune needs a CausalVLM and a ChatSource")
+        scores = {}
+        for family in sorted(f for f, w in source.weights.items() if w > 0):
+            documents = source.dev(family)
+            groups = [documents[i : i + self.dev_batch] for i in range(0, len(documents), self.dev_batch)]
+            hits = torch.cat([answer_hits(model, Row.pack(group)) for group in groups])
+            scores[family] = float(hits.float().mean())
+        return scores
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinetuneObjective:
+    """Describes ``Finetune``; ``dev_batch`` documents are scored at once."""
+
+    dev_batch: int = 25
+
+    def build(self, model: nn.Module, source: Source) -> Finetune:
+        """Return the objective."""
+        return Finetune(self.dev_batch)
