@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from chiasm.errors import DataError, MissingExtraError
-from chiasm.worlds import teacher
+from chiasm.worlds import FAMILIES, prepare, teacher
 from chiasm.worlds.counting import CountingWorld
 from chiasm.worlds.words import WordsWorld
 
@@ -55,6 +55,26 @@ def test_rows_mirrors_and_projection(stand, assets):
     np.testing.assert_allclose(back, direct[0], atol=0.05)
     np.testing.assert_allclose(arrays["pooled"][14], direct[0].mean(0), atol=0.02)
     assert np.mean(arrays["map"].astype(np.float32) ** 2) == pytest.approx(1.0, rel=0.02)
+
+
+@pytest.mark.parametrize("with_cifar", [True, False])
+def test_command(stand, assets, downloads, monkeypatch, capsys, with_cifar):
+    if not with_cifar:
+        (downloads / "bigbench-1.0.0.tar.gz").unlink()
+    prepare(downloads)
+    monkeypatch.setattr(teacher, "_AMOUNTS", {name: (4, name == "cifar10") for name in FAMILIES})
+    assert teacher.main([]) == 0
+    assert capsys.readouterr().out == f"{assets / 'teacher.npz'}\n"
+    arrays = teacher.open_features()
+    families = arrays["family"][arrays["split"] == "train"].tolist()
+    rest = ["fashion"] * 4 + ["words"] * 4 + ["counting"] * 4
+    assert families == ["cifar10"] * 8 * with_cifar + rest
+    assert (arrays["family"][arrays["split"] == "dev"] == "cifar10").all()
+
+
+def test_command_without_assets(stand, capsys):
+    assert teacher.main([]) == 1
+    assert "apt-get download dataset-fashion-mnist" in capsys.readouterr().err
 
 
 def test_probe_reads_separable_features():

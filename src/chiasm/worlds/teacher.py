@@ -51,6 +51,14 @@ INPUT, GRID, FEATURES = 128, 4, 1280
 #: a linear probe on CIFAR-10 (1,500 training, 500 dev pictures) drops from 81 to 76 %.
 _MEAN, _STD = (127 / 255,) * 3, (128 / 255,) * 3
 
+#: Family -> (training pictures that the teacher looks at, also mirrored?).
+_AMOUNTS = {
+    "cifar10": (7500, True),
+    "fashion": (12_000, False),
+    "words": (3000, False),
+    "counting": (3000, False),
+}
+
 
 def load_teacher() -> torch.nn.Module:
     """Return EfficientNet-Lite0 in eval mode, with ``extract_features(x_N3HW) -> (N, 1280, H/32, W/32)``.
@@ -211,15 +219,10 @@ def main(arguments: list[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     torch.set_num_threads(1)
     out = Path(given[0]) if given else assets_dir() / "teacher.npz"
-    amounts = {
-        "cifar10": (7500, True),
-        "fashion": (12_000, False),
-        "words": (3000, False),
-        "counting": (3000, False),
-    }
     try:
         worlds = [
-            (world, *amounts[name]) for name, world in distill_worlds(with_cifar=has_asset("cifar10")).items()
+            (world, *_AMOUNTS[name])
+            for name, world in distill_worlds(with_cifar=has_asset("cifar10")).items()
         ]
         if has_asset("cifar10"):
             worlds.append((CifarWorld("dev"), 500, False))
