@@ -6,7 +6,7 @@ A skeleton is a system reduced to what it asks of the contracts: untrained, a fe
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -91,6 +91,12 @@ def document(
         spans=tuple(spans),
         media=media,
     )
+
+
+def extend(prompt: Sequence, rows: Sequence) -> Sequence:
+    """The document with more rows behind it."""
+    both = Sequence.pack([prompt, rows])
+    return replace(both, doc_T=torch.zeros_like(both.doc_T), pos_T=torch.arange(len(both), dtype=torch.float32))
 
 
 def noise(*shape: int, seed: int) -> torch.Tensor:

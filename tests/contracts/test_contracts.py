@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from chiasm.model.generate import Decoding, Event
 from chiasm.nn.sampling import Sampling
 from chiasm.parts.contracts import Emission
 from tests.contracts import hovle, internvl, more3d, pvc, synergen
-from tests.contracts.skeleton import Skeleton
+from tests.contracts.skeleton import Skeleton, extend
 
 SKELETONS = [internvl.SKELETON, pvc.SKELETON, hovle.PRE, hovle.POST, synergen.SKELETON, more3d.SKELETON]
 
@@ -66,12 +65,6 @@ def test_packed_equals_separate_in_loss_and_gradient(skeleton: Skeleton) -> None
     assert together.keys() == gradients(model).keys()
     for name, gradient in gradients(model).items():
         assert_same(together[name], gradient, name)
-
-
-def extend(prompt: Sequence, rows: Sequence) -> Sequence:
-    """The document with more rows behind it."""
-    both = Sequence.pack([prompt, rows])
-    return replace(both, doc_T=torch.zeros_like(both.doc_T), pos_T=torch.arange(len(both), dtype=torch.float32))
 
 
 def decode_without_cache(skeleton: Skeleton, prompt: Sequence, doc: int) -> list[tuple[int | None, list[int] | None]]:
