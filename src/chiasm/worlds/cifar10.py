@@ -95,7 +95,7 @@ def _rows(labels_N: np.ndarray) -> dict[str, np.ndarray]:
     parts: dict[str, list[np.ndarray]] = {"test": [], "dev": [], "train": []}
     for label in range(int(labels_N.max()) + 1):
         rows = rng.permutation(np.flatnonzero(labels_N == label))
-        tests, devs = round(len(rows) * TEST_SHARE), round(len(rows) * DEV_SHARE)
+        tests, devs = round(len(rows) * TEST_SHARE), max(1, round(len(rows) * DEV_SHARE))
         parts["test"].append(rows[:tests])
         parts["dev"].append(rows[tests : tests + devs])
         parts["train"].append(rows[tests + devs :])
