@@ -11,7 +11,7 @@ import typer
 PAGE = Path(__file__).with_name("cli.md")
 INTRODUCTION = """\
 The result goes to stdout, everything else to stderr. Exit status: 0 done; 1 failed, with one line that says what,
-where and the remedy; 2 the command itself is wrong. `--help` works after every verb.
+where and the remedy; 2 the command itself is wrong; 130 interrupted. `--help` works after every verb.
 
 % Written by docs/cli_reference.py: change the help texts, not this page.
 """
@@ -33,7 +33,9 @@ def _entry(parameter) -> str:
 
     Reads only what a parameter has had in every version of typer, so that the page depends on Chiasm alone.
     """
-    if parameter.param_type_name == "argument":
+    if parameter.param_type_name == "argument" and " " in (parameter.metavar or ""):
+        written = f"`{parameter.metavar}`"  # several words, brackets and all
+    elif parameter.param_type_name == "argument":
         word = (parameter.metavar or parameter.name).strip("[]<>.").replace("_", "-").upper()
         word += "..." if parameter.nargs == -1 else ""
         written = f"`{word}`" if parameter.required else f"`[{word}]`"
