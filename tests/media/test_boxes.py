@@ -215,3 +215,9 @@ def test_outline_grows_with_the_picture() -> None:
 )
 def test_drawing_takes_any_box_on_any_picture(width: int, height: int, boxes: list[Box]) -> None:
     assert draw_boxes(Image.new("L", (width, height)), boxes).size == (width, height)
+
+
+@pytest.mark.parametrize("width", [1, 5, 10, 20, 40])
+def test_labels_wider_than_the_picture_are_cut(width: int) -> None:
+    for length in (1, 2, 3, 4, 5, 79, 200):
+        draw_boxes(Image.new("RGB", (width, 30)), [Box(label="W" * length, xyxy=(0, 0, 1000, 1000))])

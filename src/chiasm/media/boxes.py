@@ -221,9 +221,11 @@ def _draw_label(
 ) -> None:
     """Write a label on a field of its colour, above the corner or, where there is no room, below it; in the picture."""
     width, height = size
-    text = " ".join(label.split())[:80]
-    while len(text) > 1 and draw.textlength(text, font=font) > 0.9 * width:
-        text = text[: max(1, len(text) * 3 // 4)].rstrip("…") + "…" if len(text) > 2 else text[:1]
+    whole = text = " ".join(label.split())[:80]
+    kept = len(whole)
+    while kept > 1 and draw.textlength(text, font=font) > 0.9 * width:
+        kept = kept * 3 // 4
+        text = whole[:kept] + "…"
     left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
     pad = max(1, round((bottom - top) / 5))
     field_width, field_height = round(right - left) + 2 * pad, round(bottom - top) + 2 * pad
