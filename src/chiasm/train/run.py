@@ -14,6 +14,7 @@ A checkpoint is written into a temporary folder, flushed to the disk and renamed
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -222,10 +223,21 @@ def environment() -> dict[str, Any]:
         },
         "machine": platform.machine(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
+        "cpu_flags": _cpu_flags(),
         "threads": torch.get_num_threads(),
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "git": _git_revision(),
     }
+
+
+def _cpu_flags() -> str | None:
+    """A short digest of the processor's model and instruction sets (Linux): kernels are chosen by them."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return None
+    facts = {line for line in lines if line.startswith(("model name", "flags", "Features"))}
+    return hashlib.blake2s("\n".join(sorted(facts)).encode(), digest_size=6).hexdigest() if facts else None
 
 
 def _git_revision() -> str | None:
