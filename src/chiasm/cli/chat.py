@@ -1,0 +1,277 @@
+"""``chiasm chat [IMAGE ...] "question"``: ask about pictures.
+
+Which word is what: the last one is the question unless it names a file or ends like a picture's name; all before it
+are pictures. So a mistyped ``phoot.jpg`` is a missing file and never a question.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from chiasm.cli.terminal import note, plain_text, waiting
+from chiasm.errors import DataError, ImageError, UsageError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from chiasm.model.chat import ChatModel, Reply
+
+__all__ = ["IMAGE_SUFFIXES", "chat_command", "load_model", "open_pictures", "split_words", "tell"]
+
+IMAGE_SUFFIXES = frozenset(
+    [
+        *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".webp", ".gif", ".bmp", ".dib", ".tif"),
+        *(".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".avif", ".ico", ".tga", ".pcx", ".sgi"),
+        *(".qoi", ".heic", ".heif", ".svg"),
+    ]
+)
+"""Endings by which a word is taken for a picture, readable or not."""
+
+
+def chat_command(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="IMAGE_OR_QUESTION",
+            help="Pictures (files, URLs), then the question; without one it is read from stdin, "
+            "or asked for at a terminal.",
+            show_default=False,
+        ),
+    ] = None,
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="A name of chiasm list, or a folder.")
+    ] = "chiasm-mini",
+    as_json: Annotated[bool, typer.Option("--json", help="Print each answer as one line of JSON.")] = False,
+    stream: Annotated[
+        bool | None,
+        typer.Option("--stream/--no-stream", help="Print the answer as it comes (default: at a terminal)."),
+    ] = None,
+    draw: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the picture with the answer's boxes drawn.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token always.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this total share.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Sample from so many likeliest tokens; 0: from all.")] = 0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1 makes repetitions rarer.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    stop: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="End the answer before this text (repeatable).")
+    ] = None,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="System message; '' for none.")] = None,
+    template: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Chat template, see chiasm list.")
+    ] = None,
+    max_tiles: Annotated[int | None, typer.Option(help="Most tiles that pictures are cut into.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(metavar="NAME", help="float32, bfloat16, float16; default: as stored.")
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, mps; default: a GPU if there is one."),
+    ] = None,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="The same bits whatever else is answered with it.")
+    ] = False,
+) -> None:
+    """Ask a question about pictures.
+
+    chiasm chat photo.jpg "What is this?" prints the answer. Several pictures are fine. Without a question, a
+    conversation begins: /image FILE shows a picture, /reset forgets everything, /quit ends.
+    """
+    given, question = split_words(words or [])
+    interactive = question is None and sys.stdin.isatty()
+    if question is None and not interactive:
+        question = read_question()
+    _check_draw(draw, given, interactive)
+    if stream and as_json:
+        raise UsageError(
+            "--stream and --json exclude each other: JSON is printed when the answer is complete"
+        )
+    options: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "repetition_penalty": repetition_penalty,
+        "seed": seed,
+        "stop": tuple(stop or ()),
+    }
+    pictures = open_pictures(given)
+    chosen = load_model(
+        model,
+        options,
+        dtype=dtype,
+        device=device,
+        deterministic=deterministic,
+        system=system,
+        template=template,
+        max_tiles=max_tiles,
+    )
+    pictures = _as_model_opens(chosen, given, pictures)
+    flowing = not as_json and (sys.stdout.isatty() if stream is None else stream)
+    if interactive:
+        from chiasm.cli.repl import converse
+
+        converse(chosen, pictures, options, as_json=as_json, flowing=flowing)
+        return
+    assert question is not None
+    reply = tell(chosen, question, pictures, options, as_json=as_json, flowing=flowing)
+    if draw is not None:
+        _draw(draw, pictures[0], reply)
+
+
+def split_words(words: list[str]) -> tuple[list[str], str | None]:
+    """Pictures and question; the question is None when it is to be read from elsewhere.
+
+    Raises:
+        UsageError: a word before the last is neither a picture nor looks like one; the question is empty.
+        DataError: the question is not text in UTF-8.
+    """
+    if not words:
+        return [], None
+    *front, last = words
+    question: str | None = None
+    if last != "-" and not _is_picture(last):
+        question = checked_question(last)
+    pictures = front if last == "-" or question is not None else [*front, last]
+    for word in pictures:
+        if not _is_picture(word):
+            raise UsageError(
+                f"{word}: no such file; write the pictures first, then the question as one word in quotes"
+            )
+    return pictures, question
+
+
+def _is_picture(word: str) -> bool:
+    """Whether a word is meant as a picture: a URL, something that exists, or by its ending."""
+    from chiasm.media.fetch import is_url
+
+    if is_url(word):
+        return not any(c.isspace() for c in word)
+    if Path(word).suffix.lower() in IMAGE_SUFFIXES:
+        return True
+    try:
+        return Path(word).exists()
+    except (OSError, ValueError):  # too long or impossible for a name: it is a question
+        return False
+
+
+def checked_question(text: str) -> str:
+    """The question, if it is one; see `split_words` for the errors."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise DataError(
+            "the question is not UTF-8 text: set a UTF-8 locale, or convert it with iconv"
+        ) from None
+    if not text.strip():
+        raise UsageError("the question is empty: give it as the last word, in quotes")
+    return text
+
+
+def read_question() -> str:
+    """The question from stdin, without its last line break.
+
+    Raises:
+        DataError: it is not UTF-8.
+        UsageError: there is none.
+    """
+    raw = sys.stdin.buffer.read()
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"the question on stdin is not UTF-8 text (byte {error.start}): convert it, for instance with iconv"
+        ) from None
+    if not text.strip():
+        raise UsageError("no question: give it as the last word, in quotes, or on stdin")
+    return text.removesuffix("\n").removesuffix("\r")
+
+
+def open_pictures(given: list[str]) -> list[Image]:
+    """Open all pictures, upright, before any model is loaded: what is wrong with them is known at once."""
+    from chiasm.media.image import open_image
+
+    return [open_image(word) for word in given]
+
+
+def _as_model_opens(model: ChatModel, given: list[str], pictures: list[Image]) -> list[Image]:
+    """The pictures as this model wants them: some take them as stored, not turned upright."""
+    if model.spec.tiles.orient:
+        return pictures
+    from chiasm.media.image import open_image
+
+    return [open_image(word, orient=False, on_note=lambda _: None) for word in given]
+
+
+def load_model(name: str, options: dict[str, Any], **given: Any) -> ChatModel:
+    """Load a model by name or folder; the options of its answers are checked before that."""
+    with waiting(f"loading {name}"):
+        from chiasm.hub import load
+        from chiasm.model.chat import Options
+
+        _ = Options(**options).sampling
+        return load(name, **{key: value for key, value in given.items() if value is not None})
+
+
+def tell(
+    model: ChatModel,
+    messages: Any,
+    pictures: list[Image],
+    options: dict[str, Any],
+    *,
+    as_json: bool,
+    flowing: bool,
+) -> Reply:
+    """Print the answer to stdout, whole or as it comes, and return it."""
+    from chiasm.media.boxes import parse_boxes
+    from chiasm.model.chat import Reply
+
+    if flowing:
+        text, safe = "", sys.stdout.isatty()
+        for piece in model.stream(messages, pictures, **options):
+            text += piece
+            print(plain_text(piece) if safe else piece, end="", flush=True)
+        print(flush=True)
+        return Reply(text=text, token_ids=[], boxes=parse_boxes(text))
+    reply = model.chat(messages, pictures, **options)
+    if as_json:
+        print(json.dumps(reply.to_dict(), ensure_ascii=False), flush=True)
+        return reply
+    print(plain_text(reply.text) if sys.stdout.isatty() else reply.text, flush=True)
+    if reply.finish == "length":
+        note(f"the answer was cut after {len(reply.token_ids)} tokens: see --max-new-tokens")
+    return reply
+
+
+def _check_draw(draw: Path | None, given: list[str], interactive: bool) -> None:
+    """Everything about --draw that can be known before the model runs."""
+    if draw is None:
+        return
+    if interactive or len(given) != 1:
+        raise UsageError("--draw needs one picture and a question")
+    from PIL import Image
+
+    suffix = draw.suffix.lower()
+    Image.init()
+    if Image.EXTENSION.get(suffix) not in Image.SAVE:
+        raise UsageError(f"--draw {draw}: {suffix or 'no ending'} is no picture format: use .png or .jpg")
+    if not draw.parent.is_dir():
+        raise UsageError(f"--draw {draw}: there is no folder {draw.parent}")
+
+
+def _draw(file: Path, picture: Image, reply: Reply) -> None:
+    from chiasm.media.boxes import draw_boxes
+
+    try:
+        draw_boxes(picture, reply.boxes).save(file)
+    except (OSError, ValueError) as error:
+        raise ImageError(f"{file}: cannot be written ({error})") from error
+    if not reply.boxes:
+        note(f"the answer names no boxes; {file} is the picture as it was")

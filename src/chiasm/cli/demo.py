@@ -1,0 +1,204 @@
+"""``chiasm demo``: a model answers a fixed list of questions about pictures it has never seen.
+
+The list is in the package (``assets/demo/demo.json``) and was fixed before the bundled model was trained: pictures of
+the test splits, and photographs that are marked as out of domain and counted apart. Right means that the answer is
+the expected one, capitals, outer white space and a final full stop aside.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from chiasm.cli.terminal import note, one_line, paint, waiting
+from chiasm.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    from chiasm.model.chat import ChatModel
+
+__all__ = ["Answered", "Question", "answer_all", "demo_command", "is_right", "read_questions", "summary"]
+
+MAX_NEW_TOKENS = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """One entry of the list.
+
+    Attributes:
+        picture: file name beside the list. family: the world it is from, or "photograph".
+        question, expected: what is asked and what is right.
+        out_of_domain: far from what the bundled model has learned; counted apart.
+        key: identifies the picture at its source. source, licence: where it is from and what it may be used for.
+    """
+
+    picture: str
+    family: str
+    question: str
+    expected: str
+    out_of_domain: bool
+    key: str
+    source: str
+    licence: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answered:
+    """A question with the model's answer and the seconds it took."""
+
+    question: Question
+    answer: str
+    right: bool
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as ``--json`` prints it."""
+        own = {"answer": self.answer, "right": self.right, "seconds": round(self.seconds, 3)}
+        return dataclasses.asdict(self.question) | own
+
+
+def demo_command(
+    html: Annotated[Path, typer.Option(metavar="FILE", help="Where the contact sheet goes.")] = Path(
+        "demo.html"
+    ),
+    no_html: Annotated[bool, typer.Option("--no-html", help="Write no contact sheet.")] = False,
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="Who answers: a name or a folder.")
+    ] = "chiasm-mini",
+    device: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, mps; default: a GPU if there is one."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print each answer as one line of JSON.")] = False,
+) -> None:
+    """Answer a fixed list of questions about pictures.
+
+    Prints what was expected and what was answered, right or wrong, and writes the same with the pictures to a page
+    that needs no other file.
+    """
+    if not no_html and not html.parent.is_dir():
+        raise UsageError(f"--html {html}: there is no folder {html.parent}")
+    questions = read_questions()
+    start = time.perf_counter()
+    from chiasm.hub import load
+
+    with waiting(f"loading {model}"):
+        chosen = load(model, device=device)
+    loaded = time.perf_counter() - start
+    answers: list[Answered] = []
+    for answered in answer_all(chosen, questions):
+        if as_json:
+            print(json.dumps(answered.to_dict(), ensure_ascii=False), flush=True)
+        else:
+            _print_row(answered, questions, first=not answers)
+        answers.append(answered)
+    if not as_json:
+        print("\n" + summary(answers))
+    seconds = sum(answered.seconds for answered in answers)
+    note(f"{chosen.name} was loaded in {loaded:.1f} s and answered in {seconds:.1f} s")
+    if not no_html:
+        _write_sheet(html, chosen.name, answers, _facts_of(model))
+        note(f"the pictures with the answers are in {html}")
+
+
+def read_questions() -> list[Question]:
+    """The list of the package.
+
+    Raises:
+        DataError: it is not whole.
+    """
+    try:
+        text = (files("chiasm") / "assets" / "demo" / "demo.json").read_text(encoding="utf-8")
+        return [Question(**entry) for entry in json.loads(text)["pictures"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"the demo's list cannot be read ({one_line(str(error))}): install chiasm again"
+        ) from error
+
+
+def read_picture(question: Question) -> bytes:
+    """The picture's file; DataError if it is not there."""
+    try:
+        return (files("chiasm") / "assets" / "demo" / question.picture).read_bytes()
+    except OSError as error:
+        raise DataError(f"{question.picture} of the demo is missing: install chiasm again") from error
+
+
+def answer_all(model: ChatModel, questions: list[Question]) -> Iterator[Answered]:
+    """Ask one question after the other; greedy, so the answers are the same every time."""
+    for question in questions:
+        start = time.perf_counter()
+        reply = model.chat(question.question, [read_picture(question)], max_new_tokens=MAX_NEW_TOKENS)
+        yield Answered(
+            question=question,
+            answer=reply.text.strip(),
+            right=is_right(reply.text, question.expected),
+            seconds=time.perf_counter() - start,
+        )
+
+
+def is_right(answer: str, expected: str) -> bool:
+    """Whether the answer is the expected one but for capitals, outer white space and a final full stop."""
+    return answer.strip().removesuffix(".").rstrip().casefold() == expected.casefold()
+
+
+def summary(answers: list[Answered]) -> str:
+    """One line: how many are right, held-out pictures and others apart."""
+    said = []
+    for title, out in (("held-out pictures", False), ("out of domain", True)):
+        group = [answered for answered in answers if answered.question.out_of_domain is out]
+        if group:
+            said.append(f"{title}: {sum(answered.right for answered in group)} of {len(group)} right")
+    return "; ".join(said)
+
+
+def _print_row(answered: Answered, questions: list[Question], *, first: bool) -> None:
+    """One line of the table; the header comes with the first."""
+    widths = [
+        max(len(title), *(len(getattr(question, name)) for question in questions))
+        for title, name in (("picture", "picture"), ("question", "question"), ("expected", "expected"))
+    ]
+    cells = "  ".join(f"{{:{width}}}" for width in widths).format
+    if first:
+        print(paint("   " + cells("picture", "question", "expected") + "  answer", "bold"))
+    mark = paint("✓", "green") if answered.right else paint("✗", "red")
+    question = answered.question
+    shown = one_line(answered.answer)
+    shown = shown if len(shown) <= 60 else shown[:59] + "…"
+    line = (
+        cells(question.picture, question.question, question.expected)
+        + "  "
+        + paint(shown or "(nothing)", "green" if answered.right else "red")
+    )
+    badge = paint("  out of domain", "yellow") if question.out_of_domain else ""
+    print(f" {mark} {line}{badge}", flush=True)
+
+
+def _facts_of(model: str) -> dict[str, Any]:
+    """What the bundled model's config says about itself (scores, recipe); {} for other models."""
+    if model == "chiasm-mini":
+        with as_file(files("chiasm") / "assets" / "chiasm_mini") as folder:
+            return _facts_of(str(folder))
+    try:
+        config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return config if config.get("model_type") == "chiasm-mini" else {}
+
+
+def _write_sheet(file: Path, name: str, answers: list[Answered], facts: dict[str, Any]) -> None:
+    from chiasm.cli.sheet import contact_sheet
+
+    pictures = [read_picture(answered.question) for answered in answers]
+    try:
+        file.write_text(contact_sheet(name, answers, pictures, facts), encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"--html {file}: cannot be written ({error.strerror or error})") from error

