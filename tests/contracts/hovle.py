@@ -8,6 +8,7 @@ trunk, so the embedder's past is longer than the trunk's.
 from __future__ import annotations
 
 import torch
+from tests.contracts.skeleton import LANGUAGE, VOCAB, WIDTH, Skeleton, document, initialise, noise
 from torch import Tensor, nn
 
 from chiasm.data.sequence import IMAGE, MediaBatch, Sequence
@@ -17,7 +18,6 @@ from chiasm.parts.contracts import Embedded, ModelCache
 from chiasm.parts.embed import WordTable
 from chiasm.parts.heads.text import TextHead
 from chiasm.parts.language.decoder import build_decoder
-from tests.contracts.skeleton import LANGUAGE, VOCAB, WIDTH, Skeleton, document, initialise, noise
 
 PATCH, SIDE = 4, 8
 

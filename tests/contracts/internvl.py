@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from tests.contracts.skeleton import LANGUAGE, Skeleton, document, initialise, noise
+
 from chiasm.data.sequence import IMAGE, MediaBatch, Sequence
 from chiasm.media.tiles import TilePolicy
 from chiasm.parts.vision.internvit import InternViTConfig
 from chiasm.systems.internvl.config import InternVLConfig
 from chiasm.systems.internvl.model import build_internvl
-from tests.contracts.skeleton import LANGUAGE, Skeleton, document, initialise, noise
 
 CONFIG = InternVLConfig(
     vision=InternViTConfig(

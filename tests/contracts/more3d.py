@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from tests.contracts.skeleton import LANGUAGE, VOCAB, WIDTH, Skeleton, document, initialise
 from torch import Tensor, nn
 
 from chiasm.data.sequence import POINTS, MediaBatch, Sequence
@@ -17,7 +18,6 @@ from chiasm.parts.contracts import Embedded, Emission, LossPart, LossParts, Mode
 from chiasm.parts.embed import WordTable, overwrite_rows
 from chiasm.parts.heads.text import TextHead
 from chiasm.parts.language.decoder import build_decoder
-from tests.contracts.skeleton import LANGUAGE, VOCAB, WIDTH, Skeleton, document, initialise
 
 SEG, POINTS_N, TOKENS, F_DIM = 34, 12, 3, 8
 

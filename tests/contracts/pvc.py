@@ -7,6 +7,7 @@ A still image is a group of repeats; a video a group whose frames stand apart in
 from __future__ import annotations
 
 import torch
+from tests.contracts.skeleton import LANGUAGE, VOCAB, WIDTH, Skeleton, document, initialise, noise
 from torch import Tensor, nn
 
 from chiasm.data.sequence import VIDEO, MediaBatch, Sequence
@@ -16,7 +17,6 @@ from chiasm.parts.contracts import Embedded, ModelCache
 from chiasm.parts.embed import WordTable, overwrite_rows
 from chiasm.parts.heads.text import TextHead
 from chiasm.parts.language.decoder import build_decoder
-from tests.contracts.skeleton import LANGUAGE, VOCAB, WIDTH, Skeleton, document, initialise, noise
 
 PATCH, SIDE, TOKENS, D = 4, 8, 1, 12
 

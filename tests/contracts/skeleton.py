@@ -71,7 +71,15 @@ def document(
         name, kind, length, items = row
         first = used.get(name, 0)
         spans.append(
-            Span(media=name, start=len(ids), length=length, first=first, items=items, key=f"{id(media)}{first}", group=group)
+            Span(
+                media=name,
+                start=len(ids),
+                length=length,
+                first=first,
+                items=items,
+                key=f"{id(media)}{first}",
+                group=group,
+            )
         )
         used[name] = first + items
         ids += [0] * length
@@ -96,7 +104,9 @@ def document(
 def extend(prompt: Sequence, rows: Sequence) -> Sequence:
     """The document with more rows behind it."""
     both = Sequence.pack([prompt, rows])
-    return replace(both, doc_T=torch.zeros_like(both.doc_T), pos_T=torch.arange(len(both), dtype=torch.float32))
+    return replace(
+        both, doc_T=torch.zeros_like(both.doc_T), pos_T=torch.arange(len(both), dtype=torch.float32)
+    )
 
 
 def noise(*shape: int, seed: int) -> torch.Tensor:

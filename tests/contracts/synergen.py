@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from tests.contracts.skeleton import LANGUAGE, VOCAB, WIDTH, Skeleton, document, initialise
 from torch import Tensor, nn
 
 from chiasm.data.sequence import CODES, TEXT, MediaBatch, Sequence, Span
@@ -19,7 +20,6 @@ from chiasm.parts.contracts import Embedded, Emission, LossPart, LossParts, Mode
 from chiasm.parts.embed import WordTable
 from chiasm.parts.heads.text import TextHead
 from chiasm.parts.language.decoder import build_decoder
-from tests.contracts.skeleton import LANGUAGE, VOCAB, WIDTH, Skeleton, document, initialise
 
 BOOK, K, GROUPS, BOI, EOI = 11, 4, 3, 35, 36
 
@@ -78,7 +78,9 @@ class UnfoldHead(nn.Module):
                 if pair and doc % 2:  # the unconditional twin repeats what its partner drew
                     codes.append(codes[-1])
                 else:
-                    codes.append(self.unfold(hidden_NC[n : n + 2] if pair else hidden_NC[n : n + 1], doc, pick))
+                    codes.append(
+                        self.unfold(hidden_NC[n : n + 2] if pair else hidden_NC[n : n + 1], doc, pick)
+                    )
                 ids.append(None)
                 cache.state[doc] = drawn + 1
                 continue

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_model, save_model
+from tests.contracts import hovle, internvl, more3d, pvc, synergen
+from tests.contracts.skeleton import Skeleton, extend
 
 from chiasm.data.sequence import Sequence
 from chiasm.model.causal import CausalVLM
 from chiasm.model.generate import Decoding, Event
 from chiasm.nn.sampling import Sampling
 from chiasm.parts.contracts import Emission
-from tests.contracts import hovle, internvl, more3d, pvc, synergen
-from tests.contracts.skeleton import Skeleton, extend
 
 SKELETONS = [internvl.SKELETON, pvc.SKELETON, hovle.PRE, hovle.POST, synergen.SKELETON, more3d.SKELETON]
 
@@ -42,7 +42,9 @@ def test_loss_is_finite_and_every_parameter_learns(skeleton: Skeleton) -> None:
     loss.mean.backward()
     silent = {n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0}
     # hovle-pre has no fold; the last embedder layer of every other system reaches the loss.
-    assert silent <= ({"embedder.fold.weight", "embedder.fold.bias"} if skeleton.name == "hovle-pre" else set())
+    assert silent <= (
+        {"embedder.fold.weight", "embedder.fold.bias"} if skeleton.name == "hovle-pre" else set()
+    )
 
 
 def test_packed_equals_separate_in_loss_and_gradient(skeleton: Skeleton) -> None:
@@ -67,7 +69,9 @@ def test_packed_equals_separate_in_loss_and_gradient(skeleton: Skeleton) -> None
         assert_same(together[name], gradient, name)
 
 
-def decode_without_cache(skeleton: Skeleton, prompt: Sequence, doc: int) -> list[tuple[int | None, list[int] | None]]:
+def decode_without_cache(
+    skeleton: Skeleton, prompt: Sequence, doc: int
+) -> list[tuple[int | None, list[int] | None]]:
     """The slow twin: read everything again for every emission (only the head's own state is carried along)."""
     model = skeleton.build()
     cache = model.new_cache(1)

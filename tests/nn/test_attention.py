@@ -94,7 +94,10 @@ def test_keep_drops_documents_and_crop_forgets() -> None:
 def test_gradients_equal_the_dense_mask() -> None:
     doc = documents([3, 5, 2])
     grads = []
-    for function in (lambda q, k, v: attend(q, k, v, Segments.from_docs(doc)), lambda *x: attend_reference(*x, doc)):
+    for function in (
+        lambda q, k, v: attend(q, k, v, Segments.from_docs(doc)),
+        lambda *x: attend_reference(*x, doc),
+    ):
         leaves = [rows(10, h, i).requires_grad_() for i, h in enumerate((4, 2, 2))]
         function(*leaves).square().sum().backward()
         grads.append([x.grad for x in leaves])
@@ -107,7 +110,10 @@ def test_bf16_training_path_equals_the_dense_mask(lengths: list[int]) -> None:
     doc = documents(lengths)
     T = len(doc)
     results = []
-    for function in (lambda q, k, v: attend(q, k, v, Segments.from_docs(doc)), lambda *x: attend_reference(*x, doc)):
+    for function in (
+        lambda q, k, v: attend(q, k, v, Segments.from_docs(doc)),
+        lambda *x: attend_reference(*x, doc),
+    ):
         leaves = [rows(T, h, i).bfloat16().requires_grad_() for i, h in enumerate((4, 2, 2))]
         out = function(*leaves)
         out.float().square().sum().backward()

@@ -21,7 +21,9 @@ def test_gathered_experts_equal_the_masked_blend(kinds: list[int]) -> None:
         layer.zero_grad()
         out = function(x, kind)
         out.square().sum().backward()
-        grads.append([out, x.grad, *(p.grad for p in layer.parameters() if p.grad is not None and p.grad.any())])
+        grads.append(
+            [out, x.grad, *(p.grad for p in layer.parameters() if p.grad is not None and p.grad.any())]
+        )
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b)
 

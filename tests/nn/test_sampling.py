@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from chiasm.errors import ConfigError
 from chiasm.nn.sampling import Sampling, choose, keep_top_k, keep_top_p, penalize_repetition
 
-logits = st.lists(st.floats(-8, 8, width=32), min_size=2, max_size=20).map(lambda x: torch.tensor(x, dtype=torch.float32))
+logits = st.lists(st.floats(-8, 8, width=32), min_size=2, max_size=20).map(
+    lambda x: torch.tensor(x, dtype=torch.float32)
+)
 
 
 @given(row=logits, k=st.integers(0, 25))
@@ -59,7 +61,14 @@ def test_draws_follow_the_distribution_and_the_seed() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 0.0}, {"top_k": -1}, {"repetition_penalty": 0.0}]
+    "wrong",
+    [
+        {"temperature": -1.0},
+        {"temperature": float("nan")},
+        {"top_p": 0.0},
+        {"top_k": -1},
+        {"repetition_penalty": 0.0},
+    ],
 )
 def test_impossible_settings_are_refused(wrong: dict) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):

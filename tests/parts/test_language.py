@@ -44,7 +44,9 @@ def reference(family: str, scaling: dict | None = None, **changes: int) -> nn.Mo
         "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
         "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
     }[family]
-    config = config_class(**sizes, rope_parameters=rope, tie_word_embeddings=False, attn_implementation="eager")
+    config = config_class(
+        **sizes, rope_parameters=rope, tie_word_embeddings=False, attn_implementation="eager"
+    )
     model = model_class(config).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

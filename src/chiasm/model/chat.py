@@ -71,12 +71,29 @@ class Reply:
 class Chats(Protocol):
     """The capability of models that answer questions (see ChatModel for the meaning of each method)."""
 
-    def inputs(self, messages: Any) -> ModelInputs: ...
-    def pixels(self, inputs: ModelInputs) -> Tensor: ...
-    def logits(self, inputs: ModelInputs, positions: Seq[int] | None = None) -> Tensor: ...
-    def chat(self, messages: Any, images: Seq[Any] = (), **options: Any) -> Reply: ...
-    def stream(self, messages: Any, images: Seq[Any] = (), **options: Any) -> Iterator[str]: ...
-    def batch(self, conversations: Seq[Any], **options: Any) -> list[Reply]: ...
+    def inputs(self, messages: Any) -> ModelInputs:
+        """Lay a conversation out."""
+        ...
+
+    def pixels(self, inputs: ModelInputs) -> Tensor:
+        """Normalised pixels that the encoder sees."""
+        ...
+
+    def logits(self, inputs: ModelInputs, positions: Seq[int] | None = None) -> Tensor:
+        """Teacher-forced logits."""
+        ...
+
+    def chat(self, messages: Any, images: Seq[Any] = (), **options: Any) -> Reply:
+        """Answer one conversation."""
+        ...
+
+    def stream(self, messages: Any, images: Seq[Any] = (), **options: Any) -> Iterator[str]:
+        """Pieces that join to the text of `chat`."""
+        ...
+
+    def batch(self, conversations: Seq[Any], **options: Any) -> list[Reply]:
+        """Answer several conversations."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,6 +124,7 @@ class Options:
 
     @property
     def sampling(self) -> Sampling:
+        """How tokens are chosen."""
         return Sampling(
             temperature=self.temperature,
             top_p=self.top_p,
@@ -197,6 +215,7 @@ class ChatModel:
             messages: a question, or `[{"role", "content": str | [{"type": "image", "image": …}, {"type":
                 "text", "text": …}]}]`; an assistant header follows iff the last role is user.
             images: paths, URLs or PIL images that belong to the last user message, in front of its text.
+
         Raises:
             ImageError, DataError, TemplateError, ContextOverflowError: one line that says what and where.
         """
@@ -216,6 +235,7 @@ class ChatModel:
 
         Args:
             positions: rows that are wanted (negative counts from the end); default all.
+
         Returns:
             (T or len(positions), V) float32 on the CPU; row t predicts token t + 1.
         """
@@ -249,7 +269,9 @@ class ChatModel:
 
         return pieces()
 
-    def batch(self, conversations: Seq[Any], *, deterministic: bool | None = None, **options: Any) -> list[Reply]:
+    def batch(
+        self, conversations: Seq[Any], *, deterministic: bool | None = None, **options: Any
+    ) -> list[Reply]:
         """Answer several conversations at once, in order.
 
         Ragged prompts are read as one row without padding. Results equal those of `chat` up to the rounding of
@@ -263,7 +285,8 @@ class ChatModel:
         return self._answer(laid, chosen) if laid else []
 
     def _start(self, laid: list[ModelInputs], options: Options) -> tuple[Decoding, list[_Writer]]:
-        room = [self.spec.max_length - len(inputs.token_ids) for inputs in laid]
+        limit = self.spec.max_length
+        room = [options.max_new_tokens if limit is None else limit - len(inputs.token_ids) for inputs in laid]
         for inputs, left in zip(laid, room, strict=True):
             if left < 1:
                 raise ContextOverflowError(

@@ -18,6 +18,7 @@ from torch import Tensor
 from chiasm.data.sequence import Sequence
 from chiasm.errors import ConfigError
 from chiasm.model.causal import CausalVLM
+from chiasm.nn.products import single_row_products
 from chiasm.nn.sampling import Sampling, choose
 
 
@@ -73,7 +74,9 @@ class Decoding:
         samplings = [sampling or Sampling()] * n if isinstance(sampling, Sampling | None) else list(sampling)
         limits = [limit] * n if isinstance(limit, int) else list(limit)
         if not n or len(samplings) != n or len(limits) != n:
-            raise ConfigError(f"{n} prompts with {len(samplings)} samplings and {len(limits)} limits: need one each")
+            raise ConfigError(
+                f"{n} prompts with {len(samplings)} samplings and {len(limits)} limits: need one each"
+            )
         if any(p.docs != 1 for p in prompts):
             raise ConfigError("every prompt must be one document: split packed sequences first")
         if any(m < 1 for m in limits):
@@ -92,7 +95,9 @@ class Decoding:
             for p, s, m in zip(prompts, samplings, limits, strict=True)
         ]
         self._live = list(range(n))
-        self._cache = model.new_cache(n, capacity=max(len(p) + m for p, m in zip(prompts, limits, strict=True)))
+        self._cache = model.new_cache(
+            n, capacity=max(len(p) + m for p, m in zip(prompts, limits, strict=True))
+        )
         self._next: Sequence | None = Sequence.pack(list(prompts))
         begin = getattr(model.head, "begin", None)  # heads with a memory of their own look at the prompts
         if begin:
@@ -113,10 +118,11 @@ class Decoding:
         if not self._drop_ended() or self._next is None:
             return []
         rows = self._next.to(self.model.device)
-        segments = rows.segments()
-        hidden_TC = self.model.hidden(rows, self._cache)
-        hidden_NC = hidden_TC if rows.docs == len(rows) else hidden_TC[segments.last_rows]
-        emission = self.model.head.step(hidden_NC, self._live, self._pick, self._cache)  # type: ignore[operator]
+        with single_row_products(len(rows) == 1):
+            hidden_TC = self.model.hidden(rows, self._cache)
+        hidden_NC = hidden_TC if rows.docs == len(rows) else hidden_TC[rows.segments().last_rows]
+        with single_row_products(len(self._live) == 1):
+            emission = self.model.head.step(hidden_NC, self._live, self._pick, self._cache)  # type: ignore[operator]
         positions, events = [], []
         for n, doc in enumerate(self._live):
             state = self._documents[doc]

@@ -55,7 +55,7 @@ class LossPart:
 
     @property
     def mean(self) -> Tensor:
-        """total / weight; 0 (with a graph) where nothing is supervised."""
+        """Total / weight; 0 (with a graph) where nothing is supervised."""
         return self.total / self.weight.clamp_min(1e-12)
 
 
@@ -103,7 +103,9 @@ class Emission:
 class Embedder(Protocol):
     """Sequence -> (T, C). May run layers of its own, with its own cache; documents must not see each other."""
 
-    def __call__(self, sequence: Sequence, cache: ModelCache | None = None) -> Embedded: ...
+    def __call__(self, sequence: Sequence, cache: ModelCache | None = None) -> Embedded:
+        """See the class."""
+        ...
 
 
 class Trunk(Protocol):
@@ -111,9 +113,13 @@ class Trunk(Protocol):
 
     def __call__(
         self, x_TC: Tensor, *, kind_T: Tensor, segments: Segments, pos_T: Tensor, cache: KVCache | None = None
-    ) -> Tensor: ...
+    ) -> Tensor:
+        """See the class."""
+        ...
 
-    def new_cache(self, slots: int = 1, *, capacity: int = 0) -> KVCache: ...
+    def new_cache(self, slots: int = 1, *, capacity: int = 0) -> KVCache:
+        """An empty cache for `slots` documents."""
+        ...
 
 
 class Head(Protocol):
@@ -123,6 +129,10 @@ class Head(Protocol):
     `cache.state[document]` from the prompts.
     """
 
-    def loss(self, hidden_TC: Tensor, sequence: Sequence, features: dict[str, Tensor]) -> LossParts: ...
+    def loss(self, hidden_TC: Tensor, sequence: Sequence, features: dict[str, Tensor]) -> LossParts:
+        """Training loss of a whole (packed) sequence."""
+        ...
 
-    def step(self, hidden_NC: Tensor, docs: list[int], pick: Pick, cache: ModelCache) -> Emission: ...
+    def step(self, hidden_NC: Tensor, docs: list[int], pick: Pick, cache: ModelCache) -> Emission:
+        """What N documents, one row each, emit next."""
+        ...

@@ -28,6 +28,7 @@ class WordTable(nn.Module):
         self.weight = nn.Parameter(torch.empty(vocab_size, width))
 
     def forward(self, ids_T: Tensor) -> Tensor:
+        """(T,) ids -> (T, C)."""
         return F.embedding(ids_T, self.weight)
 
 
@@ -42,6 +43,7 @@ class FeatureCache:
         self._store: OrderedDict[str, Tensor] = OrderedDict()
 
     def get(self, key: str) -> Tensor | None:
+        """Features stored under this key, or None; counts a hit or a miss."""
         found = self._store.get(key) if key else None
         if found is None:
             self.misses += 1
@@ -51,6 +53,7 @@ class FeatureCache:
         return found
 
     def put(self, key: str, features: Tensor) -> None:
+        """Store features, dropping the least recently used until they fit."""
         size = features.numel() * features.element_size()
         if not key or size > self.max_bytes or key in self._store:
             return
@@ -61,6 +64,7 @@ class FeatureCache:
             self.bytes -= old.numel() * old.element_size()
 
     def clear(self) -> None:
+        """Forget everything (the counters stay)."""
         self._store.clear()
         self.bytes = 0
 
@@ -79,6 +83,7 @@ def encode_spans(
         encode: raw items (N, …) -> (N, K, C).
         cache: looked up and filled when given (inference only: cached features carry no gradient).
         max_items: items encoded at once, which bounds the memory of many-tile images.
+
     Returns:
         (span, (span.length, C)) in span order. Several equal spans are encoded once.
     """

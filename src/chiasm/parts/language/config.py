@@ -41,16 +41,29 @@ class LanguageConfig:
 
     def __post_init__(self) -> None:
         if self.family not in FAMILIES:
-            raise ConfigError(f"language family {self.family!r} is not known; supported: {', '.join(FAMILIES)}")
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "layers", "heads", "kv_heads", "head_dim"):
+            raise ConfigError(
+                f"language family {self.family!r} is not known; supported: {', '.join(FAMILIES)}"
+            )
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "layers",
+            "heads",
+            "kv_heads",
+            "head_dim",
+        ):
             if getattr(self, name) <= 0:
-                raise ConfigError(f"language config field {name} must be positive, found {getattr(self, name)}")
+                raise ConfigError(
+                    f"language config field {name} must be positive, found {getattr(self, name)}"
+                )
         if self.heads % self.kv_heads:
             raise ConfigError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
         _ = self.rope  # an impossible rotary setting fails here, not at the first token
 
     @property
     def rope(self) -> Rope:
+        """Frequencies of the rotary positions."""
         return Rope(
             head_dim=self.head_dim,
             theta=self.rope_theta,
@@ -66,7 +79,11 @@ class LanguageConfig:
         """
         architecture = (config.get("architectures") or [None])[0]
         family = next(
-            (f for f, (arch, kind) in FAMILIES.items() if architecture == arch or config.get("model_type") == kind),
+            (
+                f
+                for f, (arch, kind) in FAMILIES.items()
+                if architecture == arch or config.get("model_type") == kind
+            ),
             None,
         )
         if family is None:
@@ -77,7 +94,9 @@ class LanguageConfig:
             heads, hidden = config["num_attention_heads"], config["hidden_size"]
             # transformers 5 moved theta and scaling into one dict.
             rope = dict(config.get("rope_parameters") or {})
-            scaling = config.get("rope_scaling") or {k: v for k, v in rope.items() if k != "rope_theta"} or None
+            scaling = (
+                config.get("rope_scaling") or {k: v for k, v in rope.items() if k != "rope_theta"} or None
+            )
             if scaling and (scaling.get("rope_type") or scaling.get("type") or "default") == "default":
                 scaling = None
             return cls(
@@ -97,7 +116,9 @@ class LanguageConfig:
                 max_positions=config.get("max_position_embeddings", 32_768),
             )
         except KeyError as missing:
-            raise ConfigError(f"language config of {architecture} lacks the key {missing.args[0]!r}") from None
+            raise ConfigError(
+                f"language config of {architecture} lacks the key {missing.args[0]!r}"
+            ) from None
 
     def to_public(self) -> dict[str, Any]:
         """The transformers-style dict that `from_public` reads back to an equal config."""

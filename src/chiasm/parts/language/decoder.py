@@ -37,6 +37,7 @@ class Decoder(nn.Module):
         """Recompute each block in the backward pass instead of keeping its activations."""
 
     def new_cache(self, slots: int = 1, *, capacity: int = 0) -> KVCache:
+        """An empty KV cache for `slots` documents."""
         return KVCache(len(self.layers), slots, capacity=capacity)
 
     def forward(

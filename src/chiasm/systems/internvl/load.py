@@ -102,6 +102,7 @@ def load_folder(
         dtype: "float32", "bfloat16", "float16", "auto" or None (as stored).
         template: chat template, where the checkpoint's own is to be overridden. system: likewise its message.
         tiles: fields of `TilePolicy` to override, for instance `max_tiles=6`, `resize="fast"`.
+
     Raises:
         CheckpointError, ConfigError, TemplateError: one line that names the file, key or field.
     """
@@ -122,7 +123,11 @@ def load_folder(
         with torch.device("meta"):
             model = build_internvl(config)
         load_into(
-            model, opened.reader, opened.adapter, dtype=resolve_dtype(dtype, opened.public.dtype), device=device
+            model,
+            opened.reader,
+            opened.adapter,
+            dtype=resolve_dtype(dtype, opened.public.dtype),
+            device=device,
         )
     return ChatModel(model, spec, name=Path(folder).name, deterministic=deterministic)
 

