@@ -18,7 +18,7 @@ from torch import nn
 
 from chiasm.errors import ConfigError, UsageError
 from chiasm.train.objective import Objective
-from chiasm.train.optim import make_optimizer, named_parameters, trainable
+from chiasm.train.optim import make_optimizers, named_parameters, trainable
 from chiasm.train.progress import Progress
 from chiasm.train.recipe import Group, Optim, Schedule
 from chiasm.train.run import RunFolder
@@ -169,7 +169,7 @@ def test_decay_spares_vectors_and_groups_scale():
         weight_decay=0.1,
         groups=(Group(pattern="table", lr_scale=0.2, weight_decay=0.0), Group(pattern="l*", lr_scale=3)),
     )
-    optimizer = make_optimizer(trainable(model, objective, optim), optim)
+    (optimizer,) = make_optimizers(trainable(model, objective, optim), optim)
     rule = {name: (g["scale"], g["weight_decay"]) for g in optimizer.param_groups for name in g["names"]}
     assert rule == {
         "linear.weight": (3, 0.1),
@@ -185,7 +185,20 @@ def test_learning_rate_of_groups_follows_the_schedule(tmp_path):
     recipe = tiny(steps=4, schedule=Schedule(kind="linear", warmup=2))
     trainer = quiet(recipe, tmp_path / "run")
     trainer.fit(until=1)
-    assert {g["lr"] for g in trainer.optimizer.param_groups} == {0.015, 0.0075}
+    assert {g["lr"] for o in trainer.optimizers for g in o.param_groups} == {0.015, 0.0075}
+
+
+def test_muon_takes_the_matrices_of_its_group():
+    optim = Optim(
+        groups=(
+            Group(pattern="linear.*", optimizer="muon", lr_scale=2),
+            Group(pattern="table", optimizer="muon"),
+        )
+    )
+    adamw, muon = make_optimizers(trainable(Shapes(), Objective(), optim), optim)
+    assert [g["names"] for g in muon.param_groups] == [["linear.weight"]]
+    assert muon.param_groups[0]["scale"] == 2
+    assert "table" in [n for g in adamw.param_groups for n in g["names"]]  # three axes
 
 
 def test_freezing(tmp_path):

@@ -102,7 +102,10 @@ def tiny(**changes) -> Recipe:
         "steps": 12,
         "batch": 6,
         "accumulate": 2,
-        "optim": Optim(lr=0.03, groups=(Group(pattern="objective.*", lr_scale=0.5),)),
+        "optim": Optim(
+            lr=0.03,
+            groups=(Group(pattern="objective.*", lr_scale=0.5), Group(pattern="0.*", optimizer="muon")),
+        ),
         "schedule": Schedule(warmup=3, final=0.1),
         "eval_every": 4,
         "save_every": 3,

@@ -31,8 +31,9 @@ from chiasm.errors import ConfigError, DataError
 from chiasm.parts.compress.unshuffle import pixel_unshuffle
 from chiasm.parts.vision.internvit import InternViT, InternViTConfig
 from chiasm.train.augment import augment, mirror
-from chiasm.train.data import Draw, Source
+from chiasm.train.data import Draw, Source, generator
 from chiasm.train.objective import Loss, Objective
+from chiasm.train.vision_init import sincos_positions_, whiten_patches_
 from chiasm.worlds.assets import assets_dir
 from chiasm.worlds.cifar10 import CifarWorld
 from chiasm.worlds.counting import CountingWorld
@@ -308,21 +309,28 @@ class StudentModel(nn.Module):
         self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1) * 255, persistent=False)
 
+    def pixels(self, images_NSS3: Tensor) -> Tensor:
+        """(N, S, S, 3) uint8 -> (N, 3, S, S) float32, normalised by ImageNet's mean and deviation."""
+        return (images_NSS3.permute(0, 3, 1, 2).float() - self.mean) / self.std
+
     def forward(self, images_NSS3: Tensor) -> Tensor:
-        """Normalise (ImageNet mean and deviation), encode, drop the class token, fold 2 x 2 patches into one."""
-        pixels_N3SS = (images_NSS3.permute(0, 3, 1, 2).float() - self.mean) / self.std
-        return pixel_unshuffle(self.vision(pixels_N3SS)[:, 1:], 0.5)
+        """Normalise, encode, drop the class token, fold 2 x 2 patches into one token."""
+        return pixel_unshuffle(self.vision(self.pixels(images_NSS3))[:, 1:], 0.5)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StudentSpec:
-    """The student's shape."""
+    """The student's shape, and whether its positions start as sines and cosines."""
 
     vision: InternViTConfig
+    sincos: bool = False
 
     def build(self) -> StudentModel:
         """Return the student with new weights."""
-        return StudentModel(self.vision)
+        model = StudentModel(self.vision)
+        if self.sincos:
+            sincos_positions_(model.vision.position_embedding, self.vision.grid)
+        return model
 
 
 # --- objective ------------------------------------------------------------------------------------------------
@@ -449,9 +457,15 @@ class DistillObjective:
     local: float = 1.0
     smoothing: float = 0.05
     narrow: int = 48
+    whiten: int = 0
+    """Training pictures of each family from which the student's patch projection is whitened; 0: left random."""
 
     def build(self, model: nn.Module, source: Source) -> Distill:
         """Return the objective for a StudentModel and a DistillSource."""
         if not isinstance(model, StudentModel) or not isinstance(source, DistillSource):
             raise ConfigError("DistillObjective needs a StudentSpec model and DistillData")
+        if self.whiten:
+            draws = [(name, i) for name, size in source.sizes.items() for i in range(min(self.whiten, size))]
+            images_NSS3 = source.fetch(draws, generator(0, "whiten")).images_NSS3
+            whiten_patches_(model.vision.patch_embedding, model.pixels(images_NSS3))
         return Distill(model.width, model.tokens, source.teacher_widths, self)

@@ -1,13 +1,14 @@
-"""From parameters to an optimiser: what is trained, which of it decays, and its state as plain tensors.
+"""From parameters to optimisers: what is trained, which of it decays, and its state as plain tensors.
 
-What: ``trainable`` (freeze patterns), ``make_optimizer`` (AdamW with groups), ``optimizer_tensors`` and
+What: ``trainable`` (freeze patterns), ``make_optimizers`` (AdamW and Muon, by groups), ``optimizer_tensors`` and
 ``load_optimizer_tensors`` (state by parameter name, so that checkpoints need no pickle and survive a reordering).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from chiasm.errors import CheckpointError, ConfigError
 from chiasm.train.recipe import Optim
 
-__all__ = ["load_optimizer_tensors", "make_optimizer", "named_parameters", "optimizer_tensors", "trainable"]
+__all__ = ["load_optimizer_tensors", "make_optimizers", "named_parameters", "optimizer_tensors", "trainable"]
 
 
 def named_parameters(model: nn.Module, objective: nn.Module) -> dict[str, nn.Parameter]:
@@ -46,59 +47,82 @@ def trainable(model: nn.Module, objective: nn.Module, optim: Optim) -> dict[str,
     return left
 
 
-def make_optimizer(parameters: Mapping[str, nn.Parameter], optim: Optim) -> torch.optim.AdamW:
-    """Return AdamW over the parameters.
+def make_optimizers(parameters: Mapping[str, nn.Parameter], optim: Optim) -> list[torch.optim.Optimizer]:
+    """Return AdamW and, where groups ask for it, Muon over the parameters.
 
-    Each group carries ``scale``, its factor on the scheduled learning rate, and ``names``, its parameters' names.
+    Each of their groups carries ``scale``, its factor on the scheduled learning rate, and ``names``, its parameters'
+    names. Muon's update is scaled to AdamW's typical size, so that one learning rate serves both.
     """
-    buckets: dict[tuple[float, float], list[str]] = {}
+    buckets: dict[tuple[str, float, float], list[str]] = {}
     for name, parameter in parameters.items():
         group = next((g for g in optim.groups if fnmatchcase(name, g.pattern)), None)
         decay = 0.0 if sum(size > 1 for size in parameter.shape) <= 1 else optim.weight_decay
         if group is not None and group.weight_decay is not None:
             decay = group.weight_decay
-        buckets.setdefault((group.lr_scale if group else 1.0, decay), []).append(name)
-    groups = [
-        {"params": [parameters[n] for n in names], "weight_decay": decay, "scale": scale, "names": names}
-        for (scale, decay), names in buckets.items()
-    ]
-    return torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps)
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return the optimiser's state as ``{parameter name}/{field}`` -> tensor."""
-    out = {}
-    for group in optimizer.param_groups:
-        for name, parameter in zip(group["names"], group["params"], strict=True):
-            for key, value in optimizer.state.get(parameter, {}).items():
-                out[f"{name}/{key}"] = torch.as_tensor(value)
+        kind = "muon" if group is not None and group.optimizer == "muon" and parameter.dim() == 2 else "adamw"
+        buckets.setdefault((kind, group.lr_scale if group else 1.0, decay), []).append(name)
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for (kind, scale, decay), names in buckets.items():
+        group = {
+            "params": [parameters[n] for n in names],
+            "weight_decay": decay,
+            "scale": scale,
+            "names": names,
+        }
+        groups.setdefault(kind, []).append(group)
+    out: list[torch.optim.Optimizer] = []
+    if "adamw" in groups:
+        betas = (optim.beta1, optim.beta2)
+        out.append(torch.optim.AdamW(groups["adamw"], lr=optim.lr, betas=betas, eps=optim.eps))
+    if "muon" in groups:
+        out.append(
+            torch.optim.Muon(groups["muon"], lr=optim.lr, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+        )
     return out
 
 
-def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+def optimizer_tensors(optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """Return the optimisers' state as ``{parameter name}/{field}`` -> tensor."""
+    out = {}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for name, parameter in zip(group["names"], group["params"], strict=True):
+                for key, value in optimizer.state.get(parameter, {}).items():
+                    out[f"{name}/{key}"] = torch.as_tensor(value)
+    return out
+
+
+def load_optimizer_tensors(
+    optimizers: Sequence[torch.optim.Optimizer], tensors: Mapping[str, Tensor]
+) -> None:
     """Restore what ``optimizer_tensors`` returned, to the bit.
 
     Raises:
         CheckpointError: the parameters are not those of the saved state, or a shape differs.
     """
-    by_name = {n: p for g in optimizer.param_groups for n, p in zip(g["names"], g["params"], strict=True)}
+    owners = {
+        name: (optimizer, parameter)
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for name, parameter in zip(group["names"], group["params"], strict=True)
+    }
     saved: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         name, _, field = key.rpartition("/")
         saved.setdefault(name, {})[field] = value
-    if saved.keys() - by_name.keys():
-        extra = sorted(saved.keys() - by_name.keys())[0]
+    if saved.keys() - owners.keys():
+        extra = sorted(saved.keys() - owners.keys())[0]
         raise CheckpointError(
             f"optimiser state for {extra!r}, which this recipe does not train: resume its own recipe"
         )
     for name, fields in saved.items():
-        parameter = by_name[name]
+        optimizer, parameter = owners[name]
         for field, value in fields.items():
             if value.dim() and value.shape != parameter.shape:
                 raise CheckpointError(
                     f"optimiser state {name}/{field} is {tuple(value.shape)}, its parameter {tuple(parameter.shape)}"
                 )
-        # AdamW keeps its step count as a float tensor on the CPU; moments live beside their parameter.
+        # AdamW keeps its step count as a float tensor on the CPU; all else lives beside its parameter.
         optimizer.state[parameter] = {
             field: value.clone() if field == "step" else value.to(parameter.device)
             for field, value in fields.items()

@@ -76,15 +76,24 @@ class Group:
     lr_scale: float = 1.0
     weight_decay: float | None = None
     """None: as ``Optim.weight_decay``, with its rule for 1-D parameters."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon (matrices only; others of the group stay with AdamW): momentum, orthogonalised, at AdamW's update size."""
 
     def __post_init__(self) -> None:
         _require(bool(self.pattern), "group.pattern is empty: give an fnmatch pattern such as 'vision.*'")
         _require(self.lr_scale >= 0, f"group.lr_scale must be >= 0, got {self.lr_scale}")
+        _require(
+            self.optimizer in ("adamw", "muon"),
+            f"group.optimizer must be adamw or muon, got {self.optimizer!r}",
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Optim:
-    """AdamW. Parameters with at most one axis longer than 1 (biases, norms, scales, tokens) are never decayed."""
+    """AdamW, and Muon where a group asks for it.
+
+    Parameters with at most one axis longer than 1 (biases, norms, scales, tokens) are never decayed.
+    """
 
     lr: float = 1e-3
     beta1: float = 0.9

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from chiasm.errors import CheckpointError, ChiasmError, UsageError
 from chiasm.train.data import Mixture, derive_seed, generator
 from chiasm.train.objective import Loss
-from chiasm.train.optim import load_optimizer_tensors, make_optimizer, optimizer_tensors, trainable
+from chiasm.train.optim import load_optimizer_tensors, make_optimizers, optimizer_tensors, trainable
 from chiasm.train.progress import Progress
 from chiasm.train.recipe import Recipe, difference, resolved
 from chiasm.train.run import Checkpoint, RunFolder
@@ -94,7 +94,7 @@ class Trainer:
         self.model.to(self.device)
         self.objective.to(self.device)
         self.parameters = trainable(self.model, self.objective, recipe.optim)
-        self.optimizer = make_optimizer(self.parameters, recipe.optim)
+        self.optimizers = make_optimizers(self.parameters, recipe.optim)
         self.mixture = Mixture(self.source.sizes, self.source.weights, batch=recipe.batch, seed=recipe.seed)
         self.progress = progress or Progress(recipe.steps, sys.stderr)
         self.step = 0
@@ -139,7 +139,7 @@ class Trainer:
         """One optimiser step; returns its row of metrics (step counted from 1)."""
         recipe, step, started = self.recipe, self.step, time.perf_counter()
         rate = recipe.optim.lr * recipe.schedule.factor(step, recipe.steps)
-        for group in self.optimizer.param_groups:
+        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
             group["lr"] = rate * group["scale"]
         self.model.train()
         self.objective.train()
@@ -164,8 +164,9 @@ class Trainer:
                 f"step {step + 1}: loss {mean:g}, gradient norm {norm:g}; lower optim.lr or look at its samples, "
                 f"for example {draws[0][0]} {draws[0][1]}"
             )
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         row = {"step": step + 1, "loss": mean, "lr": rate, "grad_norm": norm} | _mean_metrics(losses)
         return row | {"seconds": round(time.perf_counter() - started, 4)}
 
@@ -208,7 +209,7 @@ class Trainer:
         weights = {name: t.detach().cpu().clone() for name, t in self.state_tensors().items()}
         state = {"samples": self.step * self.recipe.batch, "scores": self.scores}
         checkpoint = Checkpoint(
-            step=self.step, weights=weights, optimizer=optimizer_tensors(self.optimizer), state=state
+            step=self.step, weights=weights, optimizer=optimizer_tensors(self.optimizers), state=state
         )
         folder = self.run.save(checkpoint)
         self.run.prune(keep_last=self.recipe.keep_last, keep_every=self.recipe.keep_every)
@@ -229,7 +230,7 @@ class Trainer:
                         f"{name} is {tuple(saved.shape)} in the checkpoint, {tuple(target.shape)} here"
                     )
                 target.copy_(saved)
-        load_optimizer_tensors(self.optimizer, checkpoint.optimizer)
+        load_optimizer_tensors(self.optimizers, checkpoint.optimizer)
         self.step, self.scores = checkpoint.step, checkpoint.state.get("scores", {})
         self.run.rewind(self.step)
 
