@@ -12,14 +12,12 @@ from chiasm.parts.vision.internvit import InternViTConfig
 from chiasm.train.augment import augment, mirror
 from chiasm.train.data import generator
 from chiasm.train.distill import (
-    LOCAL,
     Distill,
     DistillData,
     DistillObjective,
     DistillSource,
     StudentSpec,
     Teacher,
-    local_facts,
 )
 from chiasm.train.progress import Progress
 from chiasm.train.recipe import Recipe
@@ -49,7 +47,10 @@ class FakeWorld(World):
         if self.family == "words":
             meta, answer = {"box": [4, 20, 60, 40]}, "word"
         elif self.family == "counting":
-            meta = {"count": 1 + index % 5, "objects": [{"x": 10.0, "y": 50.0}]}
+            meta = {
+                "count": 1 + index % 5,
+                "objects": [{"x": 10.0, "y": 52.0, "radius": 8.0, "shape": "star", "colour": "red"}],
+            }
         return Sample(image=image, question="?", answer=answer, family=self.family, key=str(index), meta=meta)
 
 
@@ -100,26 +101,6 @@ def test_missing_teacher_says_how_to_make_it(tmp_path):
         Teacher(tmp_path / "none.npz")
 
 
-def test_local_facts_of_a_word():
-    facts = local_facts(FakeWorld("words", "train").sample(0), False)
-    assert facts.shape == (16, LOCAL)
-    cells = {chr(ord("a") + k): divmod(p, 4) for p, k in zip(*facts.nonzero(), strict=True)}
-    assert [cells[c][0] for c in "word"] == [1, 1, 1, 1]  # y = 30 lies in the second row of cells
-    columns = [cells[c][1] for c in "word"]
-    assert columns == sorted(columns)
-    assert columns[0] == 0
-    assert columns[-1] == 3
-
-
-def test_local_facts_of_a_scene_follow_the_mirror():
-    sample = FakeWorld("counting", "train").sample(0)
-    plain, turned = (local_facts(sample, flag).reshape(4, 4, LOCAL) for flag in (False, True))
-    assert plain[3, 0, LOCAL - 1] == 1
-    assert turned[3, 3, LOCAL - 1] == 1
-    assert plain.sum() == turned.sum() == 1
-    assert local_facts(FakeWorld("fashion", "train").sample(0), False).sum() == 0
-
-
 def test_a_batch_knows_what_is_known(source):
     batch = source.fetch([("cifar10", 1), ("words", 2), ("counting", 3), ("fashion", 4)], generator(0))
     assert batch.taught_N.tolist() == [True, False, False, True]
@@ -146,7 +127,7 @@ def test_every_term_reaches_encoder_and_heads(source):
     assert {
         "map/loss",
         "pooled/loss",
-        "words/local",
+        "words/dense",
         "counting/accuracy",
         "cifar10/loss",
     } <= loss.metrics.keys()
@@ -161,7 +142,7 @@ def test_losses_add_up_over_parts_of_a_batch(source):
     whole = objective.loss(model, batch).total
     pieces = 0.0
     for rows in ([0, 1, 2], [3, 4, 5, 6, 7]):
-        names = ("images_NSS3", "labels_N", "letters_NL", "map_NPD", "pooled_NC", "taught_N", "local_NPK")
+        names = ("images_NSS3", "labels_N", "letters_NL", "map_NPD", "pooled_NC", "taught_N", "dense_NFQ")
         part = replace(
             batch,
             families=tuple(batch.families[i] for i in rows),

@@ -7,12 +7,12 @@ teacher here is EfficientNet-Lite0, whose last map at 128 px is the very 4 x 4 g
 
 Everything that the heads learn must be in the 16 tokens: each token regresses the teacher's feature at its place
 (smooth L1 and cosine), their mean regresses the pooled feature and classifies photographs and garments, and small
-heads over all tokens count objects and read letters. A token also says which letters, or whether an object, have
-their centre in its cell: local targets that are learnt long before the global ones. The heads are thrown away; the
-encoder is kept.
+heads over all tokens count objects and read letters. Each of a token's four patches also says which letter, or which
+shape and colour, it shows (``train.dense``): local targets, learnt long before the global ones. The heads are thrown
+away; the encoder is kept.
 
 Shape legend: N pictures, S = 64 pixels, P = 16 tokens, C = 4 x encoder width, D projected teacher width, L = 6 letters,
-K = 27 local facts (26 letters, "an object's centre").
+F = 3 facts about each of Q = 64 patches.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from chiasm.parts.compress.unshuffle import pixel_unshuffle
 from chiasm.parts.vision.internvit import InternViT, InternViTConfig
 from chiasm.train.augment import augment, mirror
 from chiasm.train.data import Draw, Source, generator
+from chiasm.train.dense import FACTS, PATCHES, dense_facts
 from chiasm.train.objective import Loss, Objective
 from chiasm.train.vision_init import sincos_positions_, whiten_patches_
 from chiasm.worlds.assets import assets_dir
@@ -39,7 +40,7 @@ from chiasm.worlds.cifar10 import CifarWorld
 from chiasm.worlds.counting import CountingWorld
 from chiasm.worlds.fashion import FashionWorld
 from chiasm.worlds.words import MAX_LETTERS, WordsWorld, letters
-from chiasm.worlds.world import SIZE, Sample, World
+from chiasm.worlds.world import SIZE, World
 
 __all__ = [
     "Distill",
@@ -54,8 +55,6 @@ __all__ = [
 CLASSES = {"cifar10": 10, "fashion": 10, "counting": 5}
 ALPHABET = 27
 """Letters a-z and the blank behind a word's end."""
-LOCAL = 27
-_NARROW, _WIDE = "fijlrt", "mw"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -74,7 +73,7 @@ class DistillBatch:
         map_NPD: teacher's projected map, zero where unknown.
         pooled_NC: teacher's pooled feature minus its mean, zero where unknown.
         taught_N: bool, whether the teacher's features are known.
-        local_NPK: 0 or 1 for every token's cell; letters count for words only, objects for counting only.
+        dense_NFQ: what every patch shows, -100 where unknown.
     """
 
     images_NSS3: Tensor
@@ -84,11 +83,11 @@ class DistillBatch:
     map_NPD: Tensor
     pooled_NC: Tensor
     taught_N: Tensor
-    local_NPK: Tensor
+    dense_NFQ: Tensor
 
     def to(self, device: torch.device | str) -> DistillBatch:
         """Return the batch on a device."""
-        names = ("images_NSS3", "labels_N", "letters_NL", "map_NPD", "pooled_NC", "taught_N", "local_NPK")
+        names = ("images_NSS3", "labels_N", "letters_NL", "map_NPD", "pooled_NC", "taught_N", "dense_NFQ")
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
     def rows(self, family: str) -> Tensor:
@@ -197,11 +196,15 @@ class DistillSource:
             np.zeros((n, c), np.float32),
             np.zeros(n, bool),
         )
-        local = np.zeros((n, 16, LOCAL), np.float32)
+        dense = np.empty((n, len(FACTS), PATCHES), np.int64)
         for i, (family, index) in enumerate(draws):
             sample = worlds[family].sample(index)
             images[i] = sample.image
-            local[i] = local_facts(sample, mirrored is not None and mirrored[i])
+            fonts = getattr(worlds[family], "fonts", {})
+            font = fonts.get(sample.meta.get("font"))
+            dense[i] = dense_facts(
+                sample, font=str(font) if font else None, mirrored=mirrored is not None and mirrored[i]
+            )
             if family == "words":
                 spelled[i] = letters(sample.answer)
             else:
@@ -219,30 +222,8 @@ class DistillSource:
             map_NPD=torch.from_numpy(maps),
             pooled_NC=torch.from_numpy(pooled),
             taught_N=torch.from_numpy(taught),
-            local_NPK=torch.from_numpy(local),
+            dense_NFQ=torch.from_numpy(dense),
         )
-
-
-def local_facts(sample: Sample, mirrored: bool) -> np.ndarray:
-    """Return (P, K): which letters, or whether an object, have their centre in each cell of the 4 x 4 grid.
-
-    A letter's centre is estimated by dividing the inked box among the word's letters, narrow and wide ones by rule
-    of thumb; that is right to a few pixels, and a cell has sixteen.
-    """
-    local_PK = np.zeros((16, LOCAL), np.float32)
-    places: list[tuple[float, float, int]] = []
-    if sample.family == "words":
-        x0, y0, x1, y1 = sample.meta["box"]
-        shares = np.array([0.6 if c in _NARROW else 1.5 if c in _WIDE else 1.0 for c in sample.answer])
-        centres = x0 + (x1 - x0) * (shares.cumsum() - shares / 2) / shares.sum()
-        places = [(x, (y0 + y1) / 2, ord(c) - ord("a")) for c, x in zip(sample.answer, centres, strict=True)]
-    elif sample.family == "counting":
-        places = [(thing["x"], thing["y"], LOCAL - 1) for thing in sample.meta["objects"]]
-    for x, y, fact in places:
-        x = SIZE - x if mirrored else x
-        column, row = (min(max(int(v * 4 / SIZE), 0), 3) for v in (x, y))
-        local_PK[row * 4 + column, fact] = 1.0
-    return local_PK
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -371,8 +352,7 @@ class Distill(Objective):
         self.classes = nn.ModuleDict(
             {name: nn.Linear(width, CLASSES[name]) for name in ("cifar10", "fashion")}
         )
-        self.local = nn.Linear(width, LOCAL)
-        nn.init.constant_(self.local.bias, -3.0)  # facts are rare: start from their rough frequency
+        self.dense = nn.Linear(width, 4 * sum(FACTS.values()))
         self.count = Reader(width, tokens, spec.narrow, 1, CLASSES["counting"])
         self.letters = Reader(width, tokens, spec.narrow, MAX_LETTERS, ALPHABET)
 
@@ -404,13 +384,10 @@ class Distill(Objective):
             total = total + scale * each
             hits = (logits_NLK.argmax(-1) == target_NL).sum()
             if family in ("words", "counting"):
-                facts = slice(0, LOCAL - 1) if family == "words" else slice(LOCAL - 1, LOCAL)
-                guess_NPK = self.local(x_NPC[rows])[..., facts].float()
-                near = F.binary_cross_entropy_with_logits(
-                    guess_NPK, batch.local_NPK[rows][..., facts], reduction="sum"
-                )
-                total = total + self.spec.local * near / x_NPC.shape[1]
-                metrics[f"{family}/local"] = (near.detach() / x_NPC.shape[1], len(rows))
+                near, seen, right = self._dense(x_NPC[rows], batch.dense_NFQ[rows])
+                total = total + self.spec.dense * near
+                metrics[f"{family}/dense"] = (near.detach(), len(rows))
+                metrics[f"{family}/seen"] = (right, seen)
             metrics[f"{family}/loss"] = (each.detach(), target_NL.numel())
             metrics[f"{family}/accuracy"] = (hits, target_NL.numel())
         taught = batch.taught_N.nonzero().flatten()
@@ -422,6 +399,27 @@ class Distill(Objective):
             metrics["map/loss"] = (near.detach(), len(taught))
             metrics["pooled/loss"] = (pooled.detach(), len(taught))
         return Loss(total=total, weight=float(len(batch.families)), metrics=metrics)
+
+    def _dense(self, x_NPC: Tensor, dense_NFQ: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the loss (per picture: sum over facts of the mean over patches), and of the patches that show
+        something how many there are and how many are recognised in every fact.
+        """
+        side = math.isqrt(x_NPC.shape[1])
+        # Channels of a token are its 2 x 2 patches, in rows: bring them back into the order of the picture.
+        logits_NRSIJK = self.dense(x_NPC).float().view(len(x_NPC), side, side, 2, 2, -1)
+        logits_NQK = logits_NRSIJK.permute(0, 1, 3, 2, 4, 5).reshape(len(x_NPC), 4 * side * side, -1)
+        loss = x_NPC.new_zeros((), dtype=torch.float32)
+        there_NQ = torch.zeros_like(dense_NFQ[:, 0], dtype=torch.bool)
+        right_NQ = torch.ones_like(there_NQ)
+        for fact, part_NQK in enumerate(logits_NQK.split(tuple(FACTS.values()), dim=-1)):
+            target_NQ = dense_NFQ[:, fact]
+            if target_NQ[0, 0] == -100:
+                continue
+            each_NQ = F.cross_entropy(part_NQK.flatten(0, 1), target_NQ.flatten(), reduction="none")
+            loss = loss + each_NQ.sum() / target_NQ.shape[1]
+            there_NQ |= target_NQ < part_NQK.shape[-1] - 1
+            right_NQ &= part_NQK.argmax(-1) == target_NQ
+        return loss, there_NQ.sum(), (there_NQ & right_NQ).sum()
 
     def evaluate(self, model: nn.Module, source: Source) -> dict[str, float]:
         """Return the heads' accuracy on the dev split by family; words by letter and by whole word."""
@@ -454,7 +452,7 @@ class DistillObjective:
     map: float = 1.0
     pooled: float = 1.0
     letters: float = 0.3
-    local: float = 1.0
+    dense: float = 3.0
     smoothing: float = 0.05
     narrow: int = 48
     whiten: int = 0
