@@ -6,6 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tests.checkpoint.random_checkpoints import (
     IMAGE_TOKEN,
     LAYERS,
@@ -32,9 +34,9 @@ from chiasm.checkpoint.adapters import (
     load_into,
     open_checkpoint,
 )
-from chiasm.checkpoint.config import InternVLPublicConfig, read_config
+from chiasm.checkpoint.config import InternVLPublicConfig, language_from_public, read_config
 from chiasm.checkpoint.store import CheckpointReader
-from chiasm.errors import CheckpointError, ConfigError
+from chiasm.errors import CheckpointError, ChiasmError, ConfigError
 from chiasm.model.causal import CausalVLM
 from chiasm.parts.connect.projector import Projector
 from chiasm.parts.heads.text import TextHead
@@ -599,14 +601,20 @@ def test_transformers_reads_our_config(tmp_path, family, old):
         ({"downsample_ratio": 0}, "downsample_ratio is 0"),
         ({"downsample_ratio": "x"}, "downsample_ratio is 'x'"),
         ({"ps_version": "v3"}, "ps_version is 'v3'"),
-        ({"min_dynamic_patch": 9, "max_dynamic_patch": 3}, "1 <= min <= max"),
-        ({"max_dynamic_patch": "many"}, "1 <= min <= max"),
+        (
+            {"min_dynamic_patch": 9, "max_dynamic_patch": 3},
+            "min_dynamic_patch 9 is above max_dynamic_patch 3",
+        ),
+        ({"max_dynamic_patch": "many"}, "'many': a positive integer is needed"),
         ({"select_layer": [1, 2]}, "one integer is supported"),
         ({"vision_config": None}, "no vision_config section"),
         ({"llm_config": 3}, "no llm_config section"),
         ({"vision_config": {"hidden_size": "wide"}}, "vision_config hidden_size is 'wide'"),
         ({"llm_config": language_config() | {"num_attention_heads": 0}}, "num_attention_heads is 0"),
-        ({"llm_config": {"architectures": ["XForCausalLM"]}}, "not supported"),
+        ({"llm_config": {"architectures": ["XForCausalLM"]}}, "'XForCausalLM' is not supported"),
+        ({"llm_config": language_config() | {"rope_scaling": {"type": "linear"}}}, "lacks 'factor'"),
+        ({"template": 3}, "template is 3: a string is needed"),
+        ({"hf_config": [1]}, "hf_config is not what a conversion writes"),
     ],
 )
 def test_config_refusals(change, message):
@@ -630,6 +638,45 @@ def test_hf_config_refusals(change, message):
     hf = replace(public, image_token_id=IMAGE_TOKEN).to_hf()
     with pytest.raises(ConfigError, match=message):
         InternVLPublicConfig.from_hf(hf | change)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 3) | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=4,
+)
+
+
+@settings(max_examples=200)
+@given(data=st.data(), layout=st.sampled_from(["original", "hf", "text"]), value=JSON)
+def test_any_value_anywhere_is_read_or_refused(data, layout, value):
+    """A malformed config is answered with an error of ours, never with a crash."""
+    public = InternVLPublicConfig.from_original(original_config())
+    hf = replace(public, image_token_id=IMAGE_TOKEN).to_hf()
+    config = {"original": original_config(), "hf": hf, "text": language_config()}[layout]
+    section = config
+    while True:
+        key = data.draw(st.sampled_from(sorted(section)))
+        if not isinstance(section[key], dict) or data.draw(st.booleans()):
+            break
+        section = section[key]
+    section[key] = value
+    said = ""
+    try:
+        if layout == "text":
+            _ = language_from_public(config).rope.inverse_frequencies(4.0)
+            return
+        read = (InternVLPublicConfig.from_original if layout == "original" else InternVLPublicConfig.from_hf)(
+            config
+        )
+        read.language_config()
+        read.vision_config()
+        _ = read.tokens_per_tile
+        replace(read, image_token_id=1).to_original()
+        replace(read, image_token_id=1, ps_version="v2").to_hf()
+    except ChiasmError as error:
+        said = str(error)
+    assert "\n" not in said
 
 
 def test_what_the_hf_layout_cannot_say():

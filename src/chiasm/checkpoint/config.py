@@ -11,6 +11,7 @@ layout skip that key; converting back takes it up again.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,25 +62,61 @@ _ORIGINAL_TOP = (
 _HF_TEMPLATE = "internvl-hf"
 """The chat format of `-hf` checkpoints: that of InternVL 2.5 without a system message."""
 
-_VISION_INTEGERS = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_channels",
-    "patch_size",
-    "image_size",
-)
-_LANGUAGE_INTEGERS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "max_position_embeddings",
-)
+# What a value must be, by key: files are written by people too, and a wrong type shall be an answer, not a crash.
+_VISION_KINDS = {
+    "hidden_size": "a positive integer",
+    "intermediate_size": "a positive integer",
+    "num_hidden_layers": "a positive integer",
+    "num_attention_heads": "a positive integer",
+    "num_channels": "a positive integer",
+    "patch_size": "a positive integer",
+    "image_size": "a positive integer",
+    "layer_norm_eps": "a number",
+    "initializer_factor": "a number",
+    "drop_path_rate": "a number",
+    "qkv_bias": "true or false",
+    "qk_normalization": "true or false",
+    "norm_type": "a string",
+    "hidden_act": "a string",
+}
+_LANGUAGE_KINDS = {
+    "vocab_size": "a positive integer",
+    "hidden_size": "a positive integer",
+    "intermediate_size": "a positive integer",
+    "num_hidden_layers": "a positive integer",
+    "num_attention_heads": "a positive integer",
+    "num_key_value_heads": "a positive integer",
+    "head_dim": "a positive integer",
+    "max_position_embeddings": "a positive integer",
+    "rms_norm_eps": "a number",
+    "rope_theta": "a number",
+    "rope_scaling": "an object",
+    "rope_parameters": "an object",
+    "attention_bias": "true or false",
+    "tie_word_embeddings": "true or false",
+    "model_type": "a string",
+}
+_TOP_KINDS = {
+    "downsample_ratio": "a number",
+    "ps_version": "a string",
+    "force_image_size": "a positive integer",
+    "dynamic_image_size": "true or false",
+    "use_thumbnail": "true or false",
+    "min_dynamic_patch": "a positive integer",
+    "max_dynamic_patch": "a positive integer",
+    "pad2square": "true or false",
+    "template": "a string",
+    "system_message": "a string",
+    "image_token_id": "a whole number",
+    "dtype": "a string",
+}
+_SECTIONS = ("vision_config", "llm_config", "text_config")
+_ROPE_KINDS = {"rope_theta": "a number", "rope_type": "a string", "type": "a string"}
+_ROPE_NUMBERS = {
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
 # Of an original llm_config, what text_config shares with it; the rest is kept aside when writing `-hf`, because
 # transformers 5 reads some old keys as orders (auto_map, attention implementations, generation settings).
 _SHARED_LANGUAGE_KEYS = frozenset(
@@ -167,21 +204,23 @@ class InternVLPublicConfig:
     hf_extras: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _check_integers("vision_config", self.vision, _VISION_INTEGERS)
-        _check_integers("language config", self.llm, _LANGUAGE_INTEGERS)
-        ratio = self.downsample_ratio
-        if not isinstance(ratio, int | float) or not 0 < ratio <= 1:
-            raise ConfigError(f"downsample_ratio is {ratio!r}: it must be in (0, 1], 0.5 in all releases")
+        _check_kinds("vision_config", self.vision, _VISION_KINDS)
+        _check_kinds("vision_config", self.original_extras.get("vision_config", {}), _VISION_KINDS)
+        _check_language(self.llm)
+        _check_kinds("config", {key: getattr(self, key) for key in _TOP_KINDS}, _TOP_KINDS)
+        if not 0 < self.downsample_ratio <= 1:
+            raise ConfigError(
+                f"downsample_ratio is {self.downsample_ratio!r}: it must be in (0, 1], 0.5 in all releases"
+            )
         if self.ps_version not in ("v1", "v2"):
             raise ConfigError(f"ps_version is {self.ps_version!r}: it must be 'v1' or 'v2'")
         if not isinstance(self.select_layer, int):
             raise ConfigError(
                 f"the encoder layer to read is {self.select_layer!r}: one integer is supported, -1 in all releases"
             )
-        low, high = self.min_dynamic_patch, self.max_dynamic_patch
-        if not isinstance(low, int) or not isinstance(high, int) or not 1 <= low <= high:
+        if self.min_dynamic_patch > self.max_dynamic_patch:
             raise ConfigError(
-                f"min_dynamic_patch {low!r} and max_dynamic_patch {high!r}: 1 <= min <= max is needed"
+                f"min_dynamic_patch {self.min_dynamic_patch} is above max_dynamic_patch {self.max_dynamic_patch}"
             )
 
     @property
@@ -198,7 +237,8 @@ class InternVLPublicConfig:
     def vision_config(self) -> InternViTConfig:
         """The encoder's own configuration; ConfigError where it is not an InternViT."""
         extras = self.original_extras.get("vision_config", {})
-        return InternViTConfig.from_public({**extras, **self.vision}, "original")
+        stated = {key: value for key, value in extras.items() if value is not None}
+        return InternViTConfig.from_public({**stated, **self.vision}, "original")
 
     def language_config(self, *, tie_words: bool | None = None) -> LanguageConfig:
         """The decoder's own configuration; ConfigError where its family is not supported.
@@ -225,7 +265,7 @@ class InternVLPublicConfig:
         }
         llm = {key: value for key, value in llm.items() if key in _SHARED_LANGUAGE_KEYS}
         llm.setdefault("model_type", _model_type(kept["llm_config"].get("architectures")))
-        hf_extras = config.get("hf_config") or {}
+        hf_extras = _nested(config, "hf_config")
         return cls(
             vision=vision,
             llm=llm,
@@ -234,7 +274,7 @@ class InternVLPublicConfig:
             dtype=config.get("torch_dtype") or config.get("dtype"),
             original_extras={**extras, **{key: value for key, value in kept.items() if value}},
             hf_extras=hf_extras,
-            **{key: config.get(key, default) for key, default in TOP_DEFAULTS.items()},
+            **{key: _or(config.get(key), default) for key, default in TOP_DEFAULTS.items()},
         )
 
     @classmethod
@@ -270,12 +310,12 @@ class InternVLPublicConfig:
         extras = {key: value for key, value in config.items() if key not in _HF_TOP}
         kept = {"vision_config": vision_extras, "text_config": text_extras}
         extras |= {key: value for key, value in kept.items() if value}
-        original = config.get("original_config") or {}
+        original = _nested(config, "original_config")
         top = {**TOP_DEFAULTS, "ps_version": "v2", "dynamic_image_size": True, "use_thumbnail": True}
         top |= {"max_dynamic_patch": 12, "template": _HF_TEMPLATE}
-        top = {key: original.pop(key, default) for key, default in top.items()}
-        top["downsample_ratio"] = config.get("downsample_ratio", 0.5)
-        top["select_layer"] = config.get("vision_feature_layer", -1)
+        top = {key: _or(original.pop(key, None), default) for key, default in top.items()}
+        top["downsample_ratio"] = _or(config.get("downsample_ratio"), 0.5)
+        top["select_layer"] = _or(config.get("vision_feature_layer"), -1)
         # The top-level flag is what transformers obeys; its class default is true.
         tie = config.get("tie_word_embeddings", llm.get("tie_word_embeddings", True))
         return cls(
@@ -283,7 +323,9 @@ class InternVLPublicConfig:
             llm=llm,
             tie_words=bool(tie),
             image_token_id=config.get("image_token_id"),
-            dtype=config.get("dtype") or config.get("torch_dtype"),
+            dtype=next(
+                (d for d in (config, text) for d in (d.get("dtype"), d.get("torch_dtype")) if d), None
+            ),
             original_extras=original,
             hf_extras=extras,
             **top,
@@ -374,8 +416,10 @@ def language_from_public(config: Mapping[str, Any], *, tie_words: bool | None = 
     Raises:
         ConfigError: the family is not supported, or a value is out of range.
     """
+    _check_language(config)
     kind = config.get("model_type") or _model_type(config.get("architectures"))
-    filled = {**LANGUAGE_DEFAULTS.get(str(kind), {}), **config}
+    config = {key: value for key, value in config.items() if key != "architectures"} | {"model_type": kind}
+    filled = LANGUAGE_DEFAULTS.get(str(kind), {}) | {k: v for k, v in config.items() if v is not None}
     if tie_words is not None:
         filled["tie_word_embeddings"] = tie_words
     return LanguageConfig.from_public(filled)
@@ -411,16 +455,58 @@ def _section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     return section
 
 
-def _check_integers(name: str, section: Mapping[str, Any], keys: tuple[str, ...]) -> None:
-    for key in keys:
+def _nested(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """What the other layout left, with sections that are objects."""
+    nested = config.get(name) or {}
+    sections = [nested, *(nested.get(key, {}) for key in _SECTIONS)] if isinstance(nested, dict) else [nested]
+    if not all(isinstance(section, dict) for section in sections):
+        raise ConfigError(f"the config's {name} is not what a conversion writes: delete that key")
+    return nested
+
+
+def _check_kinds(name: str, section: Any, kinds: Mapping[str, str]) -> None:
+    """Raise ConfigError for a value of the wrong type; absent and null ones are others' business."""
+    if not isinstance(section, Mapping):
+        raise ConfigError(f"{name} is {section!r}: an object is needed")
+    for key, kind in kinds.items():
         value = section.get(key)
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise ConfigError(f"{name} {key} is {value!r}: a positive integer is needed")
+        if value is None:
+            continue
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        fits = {
+            "a positive integer": number and isinstance(value, int) and 0 < value < 1 << 31,
+            "a whole number": number and isinstance(value, int),
+            "a number": number,
+            "true or false": isinstance(value, bool),
+            "a string": isinstance(value, str),
+            "an object": isinstance(value, Mapping),
+        }[kind]
+        if not fits:
+            raise ConfigError(f"{name} {key} is {value!r}: {kind} is needed")
+
+
+def _check_language(config: Mapping[str, Any]) -> None:
+    _check_kinds("language config", config, _LANGUAGE_KINDS)
+    for key in ("rope_scaling", "rope_parameters"):
+        rope = config.get(key) or {}
+        kind = rope.get("rope_type") or rope.get("type")
+        for number in _ROPE_NUMBERS.get(kind, ()) if isinstance(kind, str) else ():
+            _check_kinds(f"language config {key}", rope, {number: "a number"})
+            if rope.get(number) is None:
+                raise ConfigError(f"language config {key} of type {kind!r} lacks {number!r}")
+        _check_kinds(f"language config {key}", rope, _ROPE_KINDS)
+
+
+def _or(value: Any, default: Any) -> Any:
+    """Null means absent, as in the configuration classes."""
+    return default if value is None else value
 
 
 def _model_type(architectures: Any) -> str | None:
+    """The ``model_type`` of an architecture; one that is not supported stands for itself, to be named as such."""
     first = architectures[0] if isinstance(architectures, list) and architectures else None
-    return next((kind for architecture, kind in FAMILIES.values() if architecture == first), None)
+    known = next((kind for architecture, kind in FAMILIES.values() if architecture == first), None)
+    return known or (None if first is None else str(first))
 
 
 def _without_none(config: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:

@@ -188,11 +188,11 @@ LANGUAGE_DEFAULTS: dict[str, dict[str, Any]] = {
 
 def vision_from_hf(public: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """(vision config in the original's spelling, complete; what else transformers says, verbatim)."""
-    filled = {**HF_VISION_DEFAULTS, **public}
+    filled = HF_VISION_DEFAULTS | {key: value for key, value in public.items() if value is not None}
     vision = {original: filled[hf] for original, hf in _VISION_KEYS.items()}
     for name in ("patch_size", "image_size"):  # pairs of equal sides in this layout
         side = vision[name]
-        if isinstance(side, list) and len(set(side)) == 1:
+        if isinstance(side, list) and len(side) == 2 and side[0] == side[1]:
             vision[name] = side[0]
     known = {*_VISION_KEYS.values(), "model_type"}
     extras = {key: value for key, value in public.items() if key not in known}

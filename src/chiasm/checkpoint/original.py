@@ -78,7 +78,8 @@ def complete_vision(public: dict[str, Any]) -> tuple[dict[str, Any], dict[str, A
 
     Released files carry dozens of the latter (mixture-of-experts and training switches).
     """
-    vision = {key: public.get(key, default) for key, default in VISION_DEFAULTS.items()}
+    given = {key: value for key, value in public.items() if value is not None}
+    vision = {key: given.get(key, default) for key, default in VISION_DEFAULTS.items()}
     extras = {
         key: value for key, value in public.items() if key not in VISION_DEFAULTS and key != "model_type"
     }
