@@ -9,8 +9,8 @@ File ``teacher.npz`` (N rows, one picture each; D = 128 principal axes):
   ``pooled``  (N, 1280) float16, mean of the map over its 16 places
   ``map``     (N, 16, D) float16, row-major places, ``(feature - mean) @ basis / scale``
   ``mean`` (1280,), ``basis`` (1280, D), ``scale`` () float32; the projection has mean square 1 over all rows
-  ``family``, ``split`` (N,) str, ``index`` (N,) int64 into that world (words and counting: the distillation
-  worlds of ``worlds.distill``), ``flip`` (N,) bool: mirrored, ``labels`` (N,) int64: class id, count or -1
+  ``family``, ``split`` (N,) str, ``index`` (N,) int64 into that world (words and counting: those
+  of ``distill_worlds``), ``flip`` (N,) bool: mirrored, ``labels`` (N,) int64: class id, count or -1
 
 Shape legend: N pictures, D projected width.
 """
@@ -30,6 +30,9 @@ import numpy as np
 from chiasm.errors import ChiasmError, DataError, missing_extra
 from chiasm.worlds.assets import assets_dir, has_asset
 from chiasm.worlds.cifar10 import CifarWorld
+from chiasm.worlds.counting import CountingWorld
+from chiasm.worlds.fashion import FashionWorld
+from chiasm.worlds.words import WordsWorld
 from chiasm.worlds.world import World
 
 if TYPE_CHECKING:
@@ -39,6 +42,7 @@ __all__ = [
     "FEATURES",
     "GRID",
     "compute",
+    "distill_worlds",
     "linear_probe",
     "load_teacher",
     "open_features",
@@ -50,6 +54,9 @@ INPUT, GRID, FEATURES = 128, 4, 1280
 #: The weights come from TensorFlow's Lite models, which see (pixel - 127) / 128; with ImageNet's mean and deviation
 #: a linear probe on CIFAR-10 (1,500 training, 500 dev pictures) drops from 81 to 76 %.
 _MEAN, _STD = (127 / 255,) * 3, (128 / 255,) * 3
+
+#: The teacher and the student must see the same rendered pictures.
+_RENDER_SEED = 1
 
 #: Family -> (training pictures that the teacher looks at, also mirrored?).
 _AMOUNTS = {
@@ -207,14 +214,26 @@ def compute(worlds: list[tuple[World, int, bool]], out: Path, *, width: int = 12
     return out
 
 
+def distill_worlds(*, with_cifar: bool = True, folder: str | Path | None = None) -> dict[str, World]:
+    """Return the training worlds that the teacher looks at, by family: half of the words are random strings.
+
+    Raises:
+        DataError: an asset has not been prepared.
+    """
+    worlds: dict[str, World] = {"cifar10": CifarWorld("train", folder=folder)} if with_cifar else {}
+    return worlds | {
+        "fashion": FashionWorld("train", folder=folder),
+        "words": WordsWorld("train", seed=_RENDER_SEED, size=24_000, pseudo=0.5, folder=folder),
+        "counting": CountingWorld("train", seed=_RENDER_SEED, size=16_000),
+    }
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run ``python -m chiasm.worlds.teacher [OUT]``: teacher features of the distillation pictures.
 
     CIFAR-10 is left out when it has not been prepared. One thread; about 17 ms a picture on the CPU.
     """
     import torch
-
-    from chiasm.worlds.distill import distill_worlds
 
     given = sys.argv[1:] if arguments is None else arguments
     torch.set_num_threads(1)
