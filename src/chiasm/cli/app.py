@@ -21,6 +21,7 @@ from chiasm.cli.chat import chat_command
 from chiasm.cli.convert import convert_command
 from chiasm.cli.demo import demo_command
 from chiasm.cli.doctor import doctor_command
+from chiasm.cli.evaluate import eval_command
 from chiasm.cli.listing import list_command
 from chiasm.cli.show import show_command
 from chiasm.cli.terminal import fail, notes_to_stderr
@@ -60,6 +61,7 @@ app.command("list")(list_command)
 app.command("show")(show_command)
 app.command("convert")(convert_command)
 app.command("train")(train_command)
+app.command("eval")(eval_command)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

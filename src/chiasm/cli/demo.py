@@ -1,8 +1,8 @@
 """``chiasm demo``: a model answers a fixed list of questions about pictures it has never seen.
 
 The list is in the package (``assets/demo/demo.json``) and was fixed before the bundled model was trained: pictures of
-the test splits, and photographs that are marked as out of domain and counted apart. Right means that the answer is
-the expected one, capitals, outer white space and a final full stop aside.
+the test splits, and photographs that are marked as out of domain and counted apart. Right is what
+``chiasm eval`` counts as right.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def demo_command(
     seconds = sum(answered.seconds for answered in answers)
     note(f"{chosen.name} was loaded in {loaded:.1f} s and answered in {seconds:.1f} s")
     if not no_html:
-        _write_sheet(html, chosen.name, answers, _facts_of(model))
+        _write_sheet(html, chosen.name, answers, _results_of(model))
         note(f"the pictures with the answers are in {html}")
 
 
@@ -140,14 +140,16 @@ def answer_all(model: ChatModel, questions: list[Question]) -> Iterator[Answered
         yield Answered(
             question=question,
             answer=reply.text.strip(),
-            right=is_right(reply.text, question.expected),
+            right=is_right(reply.text, question),
             seconds=time.perf_counter() - start,
         )
 
 
-def is_right(answer: str, expected: str) -> bool:
-    """Whether the answer is the expected one but for capitals, outer white space and a final full stop."""
-    return answer.strip().removesuffix(".").rstrip().casefold() == expected.casefold()
+def is_right(answer: str, question: Question) -> bool:
+    """Whether the answer is the expected one, by the rule of ``chiasm eval``."""
+    from chiasm.eval.metrics import exact_match
+
+    return exact_match(answer, question.expected, numbers=question.family == "counting")
 
 
 def summary(answers: list[Answered]) -> str:
@@ -182,23 +184,23 @@ def _print_row(answered: Answered, questions: list[Question], *, first: bool) ->
     print(f" {mark} {line}{badge}", flush=True)
 
 
-def _facts_of(model: str) -> dict[str, Any]:
-    """What the bundled model's config says about itself (scores, recipe); {} for other models."""
+def _results_of(model: str) -> dict[str, Any]:
+    """The evaluation that a model's card was written from (``results.json`` beside its weights); {} without one."""
     if model == "chiasm-mini":
         with as_file(files("chiasm") / "assets" / "chiasm_mini") as folder:
-            return _facts_of(str(folder))
+            return _results_of(str(folder))
     try:
-        config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
+        results = json.loads((Path(model) / "results.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return config if config.get("model_type") == "chiasm-mini" else {}
+    return results if isinstance(results, dict) else {}
 
 
-def _write_sheet(file: Path, name: str, answers: list[Answered], facts: dict[str, Any]) -> None:
+def _write_sheet(file: Path, name: str, answers: list[Answered], results: dict[str, Any]) -> None:
     from chiasm.cli.sheet import contact_sheet
 
     pictures = [read_picture(answered.question) for answered in answers]
     try:
-        file.write_text(contact_sheet(name, answers, pictures, facts), encoding="utf-8")
+        file.write_text(contact_sheet(name, answers, pictures, results), encoding="utf-8")
     except OSError as error:
         raise UsageError(f"--html {file}: cannot be written ({error.strerror or error})") from error

@@ -96,7 +96,9 @@ def evaluate(
         results.setdefault("model", results["perplexity"]["manifest"]["adapted"]["model"])
     if not card:
         results = {**_earlier(folder / "results.json", results["model"]), **results}
-    write_atomic(folder / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    text = json.dumps(results, indent=1, ensure_ascii=False) + "\n"
+    results = json.loads(text)  # what is returned is what a reader of the file gets
+    write_atomic(folder / "results.json", text)
     if card and bundle is not None:
         from chiasm.eval.card import write_card
 
@@ -307,9 +309,7 @@ def _percent(score: Mapping[str, Any]) -> str:
 
 
 def eval_command(
-    model: Annotated[
-        str, typer.Argument(metavar="[MODEL]", help="A name of chiasm list, or a folder.")
-    ] = BUNDLED,
+    model: Annotated[str, typer.Argument(help="A name of chiasm list, or a folder.")] = BUNDLED,
     families: Annotated[
         str | None,
         typer.Option(

@@ -23,6 +23,14 @@ FAMILIES = {
     "photograph": ("Photographs", "unlike anything in training"),
 }
 
+CONTROLS = {
+    "majority": "always the most frequent",
+    "blank": "blank picture",
+    "shuffled": "another picture",
+    "pixels": "linear on pixels",
+}
+"""What the evaluation's controls are called here."""
+
 STYLE = """
 :root { color-scheme: light dark;
   --page: #f6f5f2; --card: #ffffff; --ink: #1d1c1a; --soft: #6d6a64; --line: #e2dfd8; --well: #efede7;
@@ -75,7 +83,7 @@ footer ul { margin: 4px 0 0; padding-left: 18px; }
 
 
 def contact_sheet(
-    name: str, answers: Sequence[Answered], pictures: Sequence[bytes], facts: Mapping[str, Any]
+    name: str, answers: Sequence[Answered], pictures: Sequence[bytes], results: Mapping[str, Any]
 ) -> str:
     """The page.
 
@@ -83,7 +91,7 @@ def contact_sheet(
         name: of the model.
         answers: in the order of the list.
         pictures: the encoded files, one an answer.
-        facts: the model's config; its `scores` (family -> measure -> number) become a table where they are present.
+        results: what `chiasm eval` wrote for the model card; its scores become a table. {} for none.
     """
     groups = "\n".join(
         _group(
@@ -113,7 +121,7 @@ def contact_sheet(
 <div class="groups">
 {groups}
 </div>
-{_scores(facts)}
+{_scores(results)}
 <footer>
 Chiasm {_text(__version__)}. Pictures:
 <ul>
@@ -169,41 +177,36 @@ def _short(text: str, limit: int = 80) -> str:
     return shown if len(shown) <= limit else shown[: limit - 1] + "…"
 
 
-def score_rows(facts: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows of the model card's scores: one row a family, one column a measure.
+def score_rows(results: Mapping[str, Any]) -> list[list[str]]:
+    """The model card's scores as a table with its header; [] where there are none.
 
-    A number within 0..1 is shown in per cent, a pair of numbers as an interval; anything else is left out.
+    A row is family, items, the model's accuracy with its interval, then each control's accuracy; all in per cent.
     """
-    scores = facts.get("scores")
-    families = {
-        str(family): {str(name): _number(value) for name, value in measures.items() if _number(value)}
-        for family, measures in (scores.items() if isinstance(scores, Mapping) else ())
-        if isinstance(measures, Mapping)
-    }
-    columns = list(dict.fromkeys(name for measures in families.values() for name in measures))
-    rows = [[family, *(measures.get(name, "") for name in columns)] for family, measures in families.items()]
-    return columns, rows if columns else []
+    families = results.get("families")
+    if not isinstance(families, Mapping) or not families:
+        return []
+    try:
+        controls = list(dict.fromkeys(name for family in families.values() for name in family["controls"]))
+        rows = [["family", "items", "model, 95 % interval", *(CONTROLS.get(name, name) for name in controls)]]
+        for title, family in families.items():
+            score, beside = family["score"], family["controls"]
+            low, high = score["interval"]
+            cells = [f"{100 * beside[name]['accuracy']:.1f}" if name in beside else "" for name in controls]
+            own = f"{100 * score['accuracy']:.1f} ({100 * low:.1f} to {100 * high:.1f})"
+            rows.append([str(title), f"{score['n']:,}", own, *cells])
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return []  # results of another version: the sheet is as good without
+    return rows
 
 
-def _number(value: Any) -> str:
-    if isinstance(value, bool):
-        return ""
-    if isinstance(value, int | float):
-        return f"{100 * value:.1f} %" if isinstance(value, float) and 0 <= value <= 1 else f"{value:,}"
-    if isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(v, int | float) for v in value):
-        low, high = (float(v) for v in value)
-        return f"{100 * low:.1f}–{100 * high:.1f} %" if 0 <= low <= high <= 1 else f"{low:g}–{high:g}"
-    return ""
-
-
-def _scores(facts: Mapping[str, Any]) -> str:
-    columns, rows = score_rows(facts)
+def _scores(results: Mapping[str, Any]) -> str:
+    rows = score_rows(results)
     if not rows:
         return ""
-    head = "".join(f"<th>{_text(name.replace('_', ' '))}</th>" for name in ["family", *columns])
-    body = "\n".join(f"<tr>{''.join(_cell(n, cell) for n, cell in enumerate(row))}</tr>" for row in rows)
+    head = "".join(f"<th>{_text(name)}</th>" for name in rows[0])
+    body = "\n".join(f"<tr>{''.join(_cell(n, cell) for n, cell in enumerate(row))}</tr>" for row in rows[1:])
     return f"""<section class="scores">
-<h2>Scores on the whole test splits<small>from the model card</small></h2>
+<h2>Right answers in per cent<small>whole test splits, beside what needs no eyes; from the model card</small></h2>
 <div class="scroll"><table><thead><tr>{head}</tr></thead>
 <tbody>
 {body}
@@ -212,7 +215,7 @@ def _scores(facts: Mapping[str, Any]) -> str:
 
 
 def _cell(column: int, text: str) -> str:
-    return f"<td><b>{_text(text)}</b></td>" if column == 1 else f"<td>{_text(text)}</td>"
+    return f"<td><b>{_text(text)}</b></td>" if column == 2 else f"<td>{_text(text)}</td>"
 
 
 def _sources(answers: Sequence[Answered]) -> str:

@@ -81,21 +81,23 @@ def _bundled() -> dict[str, Any]:
 
 
 def _bundle(folder: Path) -> dict[str, Any]:
-    """A folder of chiasm-mini's kind: its config with the facts of its training, and its parameters."""
-    from chiasm.systems.internvl.mini import read_bundle
+    """A folder of chiasm-mini's kind: its files, its card's scores, its config."""
+    from chiasm.eval.card import bundle_facts
 
-    _, state = read_bundle(folder)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    counts: dict[str, int] = {}
-    for key, tensor in state.items():
-        part = {"embedder.vision": "vision", "embedder.connect": "projector"}.get(
-            ".".join(key.split(".")[:2]), "LoRA"
-        )
-        counts[part] = counts.get(part, 0) + tensor.numel()
-    size = (folder / "model.safetensors").stat().st_size
-    cards = [path.name for path in sorted(folder.glob("*.md"))]
-    facts = {"kind": "model", "folder": str(folder), "bytes": size, "parameters": counts}
-    return facts | ({"card": str(folder / cards[0])} if cards else {}) | config
+    facts = bundle_facts(folder)
+    config, results, card = facts.pop("config"), folder / "results.json", folder / "README.md"
+    found: dict[str, Any] = {"kind": "model", "folder": str(folder), **facts}
+    if card.is_file():
+        found["card"] = str(card)
+    if results.is_file():
+        from chiasm.checkpoint.store import read_json
+        from chiasm.cli.sheet import score_rows
+
+        head, *rows = score_rows(read_json(results)) or [[]]
+        found["right answers in per cent"] = {
+            row[0]: dict(zip(head[1:], row[1:], strict=True)) for row in rows
+        }
+    return found | {"config": config}
 
 
 def _folder(folder: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from chiasm.checkpoint.adapters import OpenedCheckpoint, load_into, open_checkpo
 from chiasm.checkpoint.config import InternVLPublicConfig
 from chiasm.data.layout import LayoutSpec
 from chiasm.data.sequence import Sequence
-from chiasm.errors import ConfigError
+from chiasm.errors import ConfigError, UsageError
 from chiasm.media.tiles import TilePolicy
 from chiasm.model.causal import CausalVLM
 from chiasm.model.chat import ChatModel
@@ -40,7 +40,9 @@ class WordsOnly(torch.nn.Module):
         self.words = words
 
     def forward(self, sequence: Sequence, cache: ModelCache | None = None) -> Embedded:
-        """(T,) ids -> (T, C) rows."""
+        """(T,) ids -> (T, C) rows; UsageError when there is something to see."""
+        if sequence.spans:
+            raise UsageError("this model is a language model alone and sees no pictures: choose another one")
         return Embedded(self.words(sequence.ids_T))
 
 

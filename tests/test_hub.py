@@ -1,0 +1,105 @@
+"""chiasm.load: names, folders, devices and what is said when there is no such thing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tests.cli.conftest import write_internvl
+
+import chiasm
+from chiasm import hub
+from chiasm.errors import CheckpointError, ConfigError, TemplateError, UsageError
+from chiasm.model.chat import ChatModel, Chats
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_internvl(tmp_path_factory.mktemp("models") / "tiny")
+
+
+def test_load_is_the_public_one() -> None:
+    assert chiasm.load is hub.load
+    assert hub.names() == ("chiasm-mini", "smollm2")
+
+
+def test_a_folder_is_loaded_with_its_options(tiny: Path) -> None:
+    model = hub.load(tiny, dtype="bfloat16", device="cpu", deterministic=True, max_tiles=2, template="chatml")
+    assert isinstance(model, ChatModel)
+    assert isinstance(model, Chats)
+    assert model.name == "tiny"
+    assert model.deterministic
+    assert model.spec.tiles.max_tiles == 2
+    assert model.spec.template.name == "chatml"
+    assert {p.dtype for p in model.model.parameters()} == {torch.bfloat16}
+    assert hub.load(str(tiny)).spec.template.name == "internvl2_5"
+
+
+def test_options_left_at_none_are_not_given(tiny: Path) -> None:
+    assert hub.load(tiny, template=None, max_tiles=None, system=None).spec.tiles.max_tiles == 6
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        (
+            "chiasm-mni",
+            "unknown model 'chiasm-mni' (did you mean chiasm-mini?): known are chiasm-mini, smollm2",
+        ),
+        ("zzz", "unknown model 'zzz': known are chiasm-mini, smollm2; or give a folder"),
+        ("OpenGVLab/InternVL2_5-1B", "downloading it from a model hub is not part of this release"),
+        ("./nowhere", "there is no folder ./nowhere"),
+        (Path("nowhere"), "there is no folder nowhere"),
+        (Path("smollm2"), "there is no folder smollm2"),
+    ],
+)
+def test_unknown_names_get_one_helpful_line(name: str | Path, said: str) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        hub.load(name)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="is a file, not a folder"):
+        hub.load(tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError):
+        hub.load(tmp_path)
+
+
+@pytest.mark.parametrize("device", ["toaster", "cuda:99", "meta", "xpu", "cpu:x"])
+def test_devices_that_are_not_there_are_refused(tiny: Path, device: str) -> None:
+    with pytest.raises(ConfigError, match=r"is not (known|available here): use cpu") as caught:
+        hub.load(tiny, device=device)
+    assert "\n" not in str(caught.value)
+
+
+def test_wrong_settings_are_refused_before_anything_is_read(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("not even JSON")
+    with pytest.raises(ConfigError, match="dtype 'float8'"):
+        hub.load(tmp_path, dtype="float8")
+    with pytest.raises(TemplateError, match="unknown chat template 'vicuna'"):
+        hub.load(tmp_path, template="vicuna")
+
+
+def test_unknown_options_are_refused(tiny: Path) -> None:
+    with pytest.raises(UsageError, match="option 'tiles' is not known: use one of"):
+        hub.load(tiny, tiles=3)
+    with pytest.raises(UsageError, match="option 'max_tiles' is not known for this model"):
+        hub.load("chiasm-mini", max_tiles=3)
+
+
+def test_a_bundle_is_told_by_its_config(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "chiasm-mini"}))
+    with pytest.raises(CheckpointError, match="not a whole chiasm-mini bundle"):
+        hub.load(tmp_path)
+
+
+def test_the_hub_alone_loads_no_torch() -> None:
+    code = "import sys, chiasm.hub; chiasm.hub.names(); sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
