@@ -391,6 +391,8 @@ def test_detect_layout():
         detect_layout(hf, ["vision_model.x"])
     with fails("describes InternVLChatModel"):
         detect_layout(original, ["vision_tower.x"])
+    with fails("describes a 'llava' model"):
+        detect_layout({"model_type": "llava", "vision_config": {}}, ["vision_tower.x"])
     with fails("a llama language model"):
         detect_layout(text, ["vision_tower.x"])
 

@@ -397,6 +397,8 @@ def detect_layout(config: Mapping[str, Any], keys: Iterable[str]) -> Layout:
         expected, said = ("original",), "InternVLChatModel"
     elif is_internvl(config):
         expected, said = ("hf", "hf-old"), "transformers' InternVL"
+    elif "vision_config" in config:
+        raise CheckpointError(f"config.json describes a {kind!r} model: only InternVL has pictures here")
     else:
         expected, said = ("text",), f"a {kind} language model"
     if layout not in expected:

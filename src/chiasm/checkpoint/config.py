@@ -155,7 +155,8 @@ _SHARED_LANGUAGE_KEYS = frozenset(
 
 def is_internvl(config: Mapping[str, Any]) -> bool:
     """Whether a ``config.json`` describes an InternVL model, in either layout."""
-    return config.get("model_type") in ("internvl_chat", "internvl") or "vision_config" in config
+    kind = config.get("model_type")
+    return kind in ("internvl_chat", "internvl") or (kind is None and "vision_config" in config)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
