@@ -11,7 +11,6 @@ import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from importlib.resources import as_file, files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -124,6 +123,8 @@ def _families(wanted: Sequence[str] | None) -> list[str]:
 
 def _bundle(model: str) -> Path:
     """Folder of a chiasm-mini bundle."""
+    from importlib.resources import as_file, files
+
     if model == BUNDLED:
         with as_file(files("chiasm") / "assets" / "chiasm_mini") as packaged:
             folder = Path(packaged)
@@ -309,7 +310,9 @@ def _percent(score: Mapping[str, Any]) -> str:
 
 
 def eval_command(
-    model: Annotated[str, typer.Argument(help="A name of chiasm list, or a folder.")] = BUNDLED,
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A name of chiasm list, or a folder.")
+    ] = BUNDLED,
     families: Annotated[
         str | None,
         typer.Option(

@@ -211,9 +211,9 @@ class _Family:
         facts = {"grey": level, "asked": len(questions), "answers": known if len(known) <= 8 else None}
         return [known[s.question] for s in self.items], facts | {"record": record}
 
-    def _shuffled(self, answers: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    def _shuffled(self, answers: list[str]) -> tuple[list[str], dict[str, Any]]:
         """Each question about the picture of another item; answers that are known already are reused."""
-        order = derangement(len(self.items), SEED).tolist()
+        order: list[int] = derangement(len(self.items), SEED).tolist()
         given: list[str | None] = [
             answers[other] if self.items[other].question == item.question else None
             for item, other in zip(self.items, order, strict=True)
