@@ -6,6 +6,7 @@ built on the meta device, so loading needs the memory of the weights and little 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 
 from chiasm.checkpoint.adapters import OpenedCheckpoint, load_into, open_checkpoint
 from chiasm.checkpoint.config import InternVLPublicConfig
+from chiasm.checkpoint.preprocess import read_tile_policy
 from chiasm.data.layout import LayoutSpec
 from chiasm.data.sequence import Sequence
 from chiasm.errors import ConfigError, UsageError
@@ -66,24 +68,16 @@ def resolve_dtype(dtype: str | torch.dtype | None, stored: str | None = None) ->
     return DTYPES[name]
 
 
-def config_from_public(public: InternVLPublicConfig, *, tie_words: bool, **tiles: Any) -> InternVLConfig:
-    """The native config of a public one; `tiles` overrides fields of its tile policy (`max_tiles`, `resize`, …)."""
-    policy = {
-        "image_size": public.image_size,
-        "min_tiles": public.min_dynamic_patch,
-        "max_tiles": public.max_dynamic_patch,
-        "thumbnail": public.use_thumbnail,
-        "dynamic": public.dynamic_image_size,
-        "pad2square": public.pad2square,
-    }
+def config_from_public(public: InternVLPublicConfig, policy: TilePolicy, *, tie_words: bool) -> InternVLConfig:
+    """The native config of a public one; only the original layout names a template."""
     return InternVLConfig(
         vision=public.vision_config(),
         language=public.language_config(tie_words=tie_words),
-        tiles=TilePolicy(**(policy | tiles)),
+        tiles=policy,
         downsample=public.downsample_ratio,
         unshuffle=public.ps_version,  # type: ignore[arg-type]
         select_layer=public.select_layer,
-        template=public.template or "internvl-hf",  # only the original layout names one
+        template=public.template or "internvl-hf",
         system=public.system_message,
     )
 
@@ -113,7 +107,8 @@ def load_folder(
         tokenizer = Tokenizer.from_file(folder)
         if opened.public is None:
             return _load_language(opened, tokenizer, dtype, device, template, system, deterministic)
-        config = config_from_public(opened.public, tie_words=opened.language.tie_words, **tiles)
+        policy = replace(read_tile_policy(folder, opened.public, opened.layout), **tiles)  # type: ignore[arg-type]
+        config = config_from_public(opened.public, policy, tie_words=opened.language.tie_words)
         spec = LayoutSpec(
             tokenizer=tokenizer,
             template=get_template(template or config.template),
