@@ -43,7 +43,7 @@ def run(block: Block, folder: Path, *, timeout: float) -> None:
 def folder(tmp_path_factory) -> Path:
     """A scratch folder that looks like a checkout: what blocks write stays here."""
     place = tmp_path_factory.mktemp("readme")
-    for name in ("examples", "benchmarks"):
+    for name in ("examples", "benchmarks", "src/chiasm/assets/demo"):
         if (ROOT / name).exists():
             shutil.copytree(ROOT / name, place / name, ignore=shutil.ignore_patterns("__pycache__"))
     return place
