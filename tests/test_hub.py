@@ -90,6 +90,8 @@ def test_wrong_settings_are_refused_before_anything_is_read(tmp_path: Path) -> N
 def test_unknown_options_are_refused(tiny: Path) -> None:
     with pytest.raises(UsageError, match="option 'tiles' is not known: use one of"):
         hub.load(tiny, tiles=3)
+    with pytest.raises(UsageError, match="option 'image_size' is not known"):
+        hub.load(tiny, image_size=56)
     with pytest.raises(UsageError, match="option 'max_tiles' is not known for this model"):
         hub.load("chiasm-mini", max_tiles=3)
 

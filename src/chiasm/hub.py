@@ -160,7 +160,9 @@ def _model_type(folder: Path) -> object:
 def _tile_options() -> frozenset[str]:
     from chiasm.media.tiles import TilePolicy
 
-    return frozenset(field.name for field in dataclasses.fields(TilePolicy)) | {"normalize_type"}
+    # The side of a tile is the encoder's own: another one would not fit its positions.
+    fields = {field.name for field in dataclasses.fields(TilePolicy)} - {"image_size"}
+    return frozenset(fields | {"normalize_type"})
 
 
 def _checked(given: dict[str, Any], tiles: frozenset[str]) -> dict[str, Any]:

@@ -160,3 +160,16 @@ def test_the_package_list_is_plain_json() -> None:
 
     text = (files("chiasm") / "assets" / "demo" / "demo.json").read_text(encoding="utf-8")
     assert json.loads(text)["version"] == 1
+
+
+@pytest.mark.parametrize("name", ["chat", "batch"])
+def test_examples_run(
+    tiny: Path, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import runpy
+    import sys
+
+    script = Path(__file__).resolve().parents[2] / "examples" / f"{name}.py"
+    monkeypatch.setattr(sys, "argv", [str(script), str(tiny)])
+    runpy.run_path(str(script), run_name="__main__")
+    assert len(capsys.readouterr().out.splitlines()) >= 3

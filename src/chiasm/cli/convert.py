@@ -24,9 +24,12 @@ class Layout(StrEnum):
 
 def convert_command(
     src: Annotated[
-        Path, typer.Argument(help="Checkpoint folder, in any of the layouts.", show_default=False)
+        Path,
+        typer.Argument(metavar="SRC", help="Checkpoint folder, in any of the layouts.", show_default=False),
     ],
-    dst: Annotated[Path, typer.Argument(help="Folder to write; whole or not at all.", show_default=False)],
+    dst: Annotated[
+        Path, typer.Argument(metavar="DST", help="Folder to write; whole or not at all.", show_default=False)
+    ],
     to: Annotated[
         Layout,
         typer.Option(

@@ -178,9 +178,10 @@ def _print_row(answered: Answered, questions: list[Question], *, first: bool) ->
     line = (
         cells(question.picture, question.question, question.expected)
         + "  "
-        + paint(shown or "(nothing)", "green" if answered.right else "red")
+        + paint(f"{shown or '(nothing)':12}", "green" if answered.right else "red")
     )
     badge = paint("  out of domain", "yellow") if question.out_of_domain else ""
+    line = line if badge else line.rstrip()
     print(f" {mark} {line}{badge}", flush=True)
 
 

@@ -22,7 +22,11 @@ SECTIONS = ("models", "recipes", "templates", "systems")
 def list_command(
     section: Annotated[
         str | None,
-        typer.Argument(help="models, recipes, templates or systems; all by default.", show_default=False),
+        typer.Argument(
+            metavar="SECTION",
+            help="models, recipes, templates or systems; all by default.",
+            show_default=False,
+        ),
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object, section -> name -> meaning.")

@@ -20,8 +20,16 @@ FAMILIES = {
     "words": ("Reading", "words and fonts that training never showed"),
     "counting": ("Counting", "shapes in colours that never met in training"),
     "fashion": ("Clothes", "Fashion-MNIST, test split"),
-    "photograph": ("Photographs", "unlike anything in training"),
+    "photograph": ("Photographs", "not what the model was trained for"),
 }
+
+TITLES = {
+    "cifar10": "Small photographs (CIFAR-10)",
+    "fashion": "Clothes (Fashion-MNIST)",
+    "words": "Reading a word",
+    "counting": "Counting",
+}
+"""What the evaluation's families are called here."""
 
 CONTROLS = {
     "majority": "always the most frequent",
@@ -76,9 +84,8 @@ th:first-child, td:first-child { text-align: left; }
 td b { font-weight: 650; }
 footer { margin-top: 26px; padding-top: 12px; border-top: 1px solid var(--line); color: var(--soft); font-size: 12px; }
 footer ul { margin: 4px 0 0; padding-left: 18px; }
-@media (max-width: 820px) { .groups { grid-template-columns: 1fr; } }
-@media (max-width: 480px) { main { padding: 22px 14px; } .cards { grid-template-columns: repeat(2, minmax(0, 1fr)); }
-  .tally { text-align: left; } }
+@media (max-width: 820px) { .groups { grid-template-columns: 1fr; } .tally { text-align: left; } }
+@media (max-width: 480px) { main { padding: 22px 14px; } .cards { grid-template-columns: repeat(2, minmax(0, 1fr)); } }
 """.strip()
 
 
@@ -114,7 +121,7 @@ def contact_sheet(
 <header>
 <div>
 <h1>What {_text(name)} sees</h1>
-<p>Pictures that were chosen before the model was trained and that it never saw. Greedy answers, as they came.</p>
+<p>Pictures chosen before chiasm-mini was trained, and held out from it. Greedy answers, as they came.</p>
 </div>
 <div class="tally">{_tally(answers)}</div>
 </header>
@@ -188,12 +195,12 @@ def score_rows(results: Mapping[str, Any]) -> list[list[str]]:
     try:
         controls = list(dict.fromkeys(name for family in families.values() for name in family["controls"]))
         rows = [["family", "items", "model, 95 % interval", *(CONTROLS.get(name, name) for name in controls)]]
-        for title, family in families.items():
+        for name, family in families.items():
             score, beside = family["score"], family["controls"]
             low, high = score["interval"]
-            cells = [f"{100 * beside[name]['accuracy']:.1f}" if name in beside else "" for name in controls]
+            cells = [f"{100 * beside[c]['accuracy']:.1f}" if c in beside else "" for c in controls]
             own = f"{100 * score['accuracy']:.1f} ({100 * low:.1f} to {100 * high:.1f})"
-            rows.append([str(title), f"{score['n']:,}", own, *cells])
+            rows.append([TITLES.get(name, str(name)), f"{score['n']:,}", own, *cells])
     except (KeyError, TypeError, ValueError, AttributeError):
         return []  # results of another version: the sheet is as good without
     return rows
@@ -206,7 +213,7 @@ def _scores(results: Mapping[str, Any]) -> str:
     head = "".join(f"<th>{_text(name)}</th>" for name in rows[0])
     body = "\n".join(f"<tr>{''.join(_cell(n, cell) for n, cell in enumerate(row))}</tr>" for row in rows[1:])
     return f"""<section class="scores">
-<h2>Right answers in per cent<small>whole test splits, beside what needs no eyes; from the model card</small></h2>
+<h2>Right answers in per cent<small>test splits, beside the controls; from the model card</small></h2>
 <div class="scroll"><table><thead><tr>{head}</tr></thead>
 <tbody>
 {body}

@@ -22,7 +22,9 @@ def show_command(
     name: Annotated[
         str,
         typer.Argument(
-            help="A name of chiasm list, a checkpoint folder, or ./file.py:recipe.", show_default=False
+            metavar="NAME",
+            help="A name of chiasm list, a checkpoint folder, or ./file.py:recipe.",
+            show_default=False,
         ),
     ],
     overrides: Annotated[
@@ -130,9 +132,11 @@ def _folder(folder: Path) -> dict[str, Any]:
         }
     if opened.vision is None or opened.public is None:
         return facts
+    from chiasm.checkpoint.preprocess import read_tile_policy
     from chiasm.systems.internvl.load import config_from_public
 
-    config = config_from_public(opened.public, tie_words=opened.language.tie_words)
+    policy = read_tile_policy(folder, opened.public, opened.layout)  # type: ignore[arg-type]
+    config = config_from_public(opened.public, policy, tie_words=opened.language.tie_words)
     return facts | {
         "vision": _fields(config.vision),
         "tokens_per_tile": config.tokens_per_tile,

@@ -12,7 +12,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -39,7 +39,7 @@ def find_recipe(reference: str) -> Callable[[], Recipe]:
         found = getattr(module, function, None)
         if not callable(found):
             raise UsageError(f"{file} has no function {function!r} that returns a recipe")
-        return found
+        return cast("Callable[[], Recipe]", found)
     system, _, function = reference.partition("/")
     if system not in RECIPE_HOMES:
         raise UsageError(
