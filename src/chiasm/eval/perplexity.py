@@ -230,8 +230,8 @@ def measure_perplexity(
     """Measure "base" and "adapted" on the same windows; return plain data for results.json.
 
     Args:
-        models: "base" and "adapted" -> function that loads (model, tokenizer, facts for the manifest). Both are
-            opened one after the other, so that only one is in memory.
+        models: "base" and "adapted" -> function that loads (model, tokenizer, facts for the manifest); called one
+            after the other.
         text: as from ``load_text``.
         length, count: of the windows.
         batch: windows read at once.
@@ -246,39 +246,34 @@ def measure_perplexity(
     store = Store(out, {name: environment[name] for name in ("git", "machine", "cpu") if name in environment})
     losses: dict[str, list[float]] = {}
     manifest: dict[str, Any] = {}
-    tokens = ""
-    for name in ("base", "adapted"):
+
+    def measure(name: str) -> None:
         model, tokenizer, facts = models[name]()
         ids = tokenizer.encode(text.text)
         ids_WL = windows(ids, length=length, count=count)
-        digest = hashlib.blake2b(ids_WL.numpy().tobytes(), digest_size=16).hexdigest()
-        if tokens and digest != tokens:
-            raise DataError("base and adapted model read different tokens: their perplexities do not compare")
-        tokens = digest
         identity = {
             "model": dict(facts),
             "adapters": name == "adapted",
             "text": text.sha256,
-            "tokens": tokens,
+            "tokens": hashlib.blake2b(ids_WL.numpy().tobytes(), digest_size=16).hexdigest(),
             "windows": [count, length],
             "batch": batch,
             "versions": environment.get("versions", {}),
         }
-
-        def work(first: int, last: int, model: CausalVLM = model, ids_WL: Tensor = ids_WL) -> list[float]:
-            return window_nll(model, ids_WL[first:last])
-
-        part = f"text-{name}"
         losses[name], record = store.run(
-            part,
+            f"text-{name}",
             identity,
             count,
-            work,
+            lambda first, last: window_nll(model, ids_WL[first:last]),
             batch=batch,
-            report=lambda done, total, part=part: report(part, done, total),
+            report=lambda done, total: report(f"text-{name}", done, total),
         )
         manifest[name] = identity | {"record": record, "text_tokens": len(ids)}
-        del model
+
+    for name in ("base", "adapted"):  # each model is gone before the next one comes
+        measure(name)
+    if manifest["base"]["tokens"] != manifest["adapted"]["tokens"]:
+        raise DataError("base and adapted model read different tokens: their perplexities do not compare")
     result = compare_perplexity(losses["base"], losses["adapted"])
     about_text = {"sha256": text.sha256, "expected": text.sha256 == TEXT_SHA256, **text.source}
     return result | {
