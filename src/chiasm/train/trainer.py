@@ -177,7 +177,8 @@ class Trainer:
             raise TrainingError(
                 f"step {self.step + 1}: no trained parameter received a gradient; look at optim.freeze"
             )
-        torch._foreach_mul_(gradients, scale)
+        for gradient in gradients:
+            gradient.mul_(scale)
         norm = torch.nn.utils.get_total_norm(gradients)
         if self.recipe.optim.clip is not None:
             torch.nn.utils.clip_grads_with_norm_(list(self.parameters.values()), self.recipe.optim.clip, norm)

@@ -133,13 +133,18 @@ def mini_distill() -> Recipe:
     """Stage 1 of chiasm-mini: InternViT from scratch, taught by EfficientNet-Lite0 and by labels."""
     return Recipe(
         name="mini-distill",
-        model=StudentSpec(vision=internvit_mini()),
-        objective=DistillObjective(),
+        model=StudentSpec(vision=internvit_mini(), sincos=True),
+        objective=DistillObjective(whiten=400),
         data=DistillData(),
-        steps=3000,
+        steps=3200,
         batch=64,
-        optim=Optim(lr=1e-3, weight_decay=0.05, beta2=0.99, clip=1.0),
-        schedule=Schedule(kind="cosine", warmup=150, final=0.01),
+        optim=Optim(
+            lr=1e-3,
+            weight_decay=0.05,
+            beta2=0.99,
+            groups=(Group(pattern="vision.layers.*", optimizer="muon", lr_scale=8.0, weight_decay=0.02),),
+        ),
+        schedule=Schedule(kind="linear", warmup=100, final=0.005),
         compute="bfloat16",
         eval_every=500,
         save_every=250,
@@ -190,7 +195,7 @@ class MiniModel:
         )
         if self.vision_from is not None:
             try:
-                model.embedder.vision.load_state_dict(vision_weights(self.vision_from))
+                model.get_submodule("embedder.vision").load_state_dict(vision_weights(self.vision_from))
             except RuntimeError as error:
                 reason = " ".join(str(error).split())[:200]
                 raise CheckpointError(f"{self.vision_from} does not fit the encoder: {reason}") from error
