@@ -38,6 +38,9 @@ docs: .venv/.stamp-docs
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
 
 bench: .venv/.stamp-dev
+	$(BIN)/python benchmarks/preprocessing.py
+	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/inference.py
 
 clean:

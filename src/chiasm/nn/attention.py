@@ -44,8 +44,8 @@ class Segments:
     @classmethod
     def from_docs(cls, doc_T: Tensor, slots: Seq[int] | None = None) -> Segments:
         """From document numbers, each of which must stand in one contiguous run."""
-        if doc_T.numel() == 0:
-            return cls((), ())
+        if doc_T.numel() <= 1:  # every step of decoding one document
+            return cls.of((1,) * doc_T.numel(), slots)
         runs, lengths = torch.unique_consecutive(doc_T, return_counts=True)
         if runs.unique().numel() != runs.numel():
             raise ConfigError("a packed document must be contiguous: doc_T returns to a number it had left")

@@ -1,0 +1,80 @@
+"""The benchmark scripts run at toy sizes, and the published table is what the kept results give."""
+
+import importlib
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch):
+    """Import a benchmark the way that running it does: with its folder on the path."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+    def load(name: str) -> ModuleType:
+        return importlib.import_module(name)
+
+    return load
+
+
+def test_inference_measures_both_models(script) -> None:
+    pytest.importorskip("transformers")
+    inference = script("inference")
+    result = inference.measure(inference.toy())
+    assert result["logits_distance"] < 0.05
+    names = [row["name"] for row in result["rows"]]
+    assert [name.split(",")[0] for name in names] == ["prefill", *["decoding"] * 2, *["first token"] * 2]
+    for row in result["rows"]:
+        assert row["ours"]["min"] <= row["ours"]["median"] <= row["ours"]["max"]
+        assert row["ratio"] == pytest.approx(row["peer"]["median"] / row["ours"]["median"])
+        assert ("ok" in row) == bool(row["required"])
+    lines = script("measure").table({"inference": {"environment": script("measure").environment(), **result}})
+    assert lines.count("|\n") == len(names) + 2
+
+
+def test_both_models_write_the_same_tokens(script) -> None:
+    """In fp32 the benchmark's two models are one: same tokens, and equal logits up to rounding."""
+    pytest.importorskip("transformers")
+    import torch
+
+    inference = script("inference")
+    case = inference.replace(inference.toy(), dtype=torch.float32)
+    ours = inference.build_ours(case)
+    theirs = inference.build_theirs(case, ours)
+    assert inference.logits_distance(case, ours, theirs) < 1e-4
+    ids = inference.text_prompt(case, 5)
+    mine = inference.run_ours(ours, inference.Sequence.of_text(ids), 6).ids
+    assert inference.run_theirs(theirs, ids, 6).ids == mine
+    shared = theirs.model.language_model.layers[1].mlp.up_proj.weight
+    fused = ours.trunk.layers[1].ffn.gate_up.weight
+    assert shared.untyped_storage().data_ptr() == fused.untyped_storage().data_ptr()
+
+
+def test_preprocessing_measures_both_modes(script) -> None:
+    pytest.importorskip("transformers")
+    rows = script("preprocessing").measure(((60, 40),), side=16, repeats=2)["rows"]
+    assert [row["name"].rsplit(", ", 1)[1] for row in rows] == ["fast mode", "exact mode"]
+    assert rows[1]["ok"]
+
+
+def test_startup_times_a_process(script) -> None:
+    startup = script("startup")
+    wall, used = startup.run(startup.COMMANDS["python -c pass"])
+    assert wall > 0
+    assert used >= 0
+
+
+def test_readme_holds_the_table_of_the_results(script) -> None:
+    measure = script("measure")
+    kept = {
+        name: json.loads((measure.RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+        for name in measure.ORDER
+        if (measure.RESULTS / f"{name}.json").exists()
+    }
+    assert kept
+    text = measure.README.read_text(encoding="utf-8")
+    assert measure.table(kept) in text
