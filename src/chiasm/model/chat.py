@@ -7,7 +7,7 @@ Legend: T tokens of a prompt, N tiles, S tile side, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, runtime_checkable
@@ -252,13 +252,16 @@ class ChatModel:
         """Answer one conversation; `options` are those of `Options`."""
         return self._answer([self.inputs(messages, images)], _options(options))[0]
 
-    def stream(self, messages: Any, images: Seq[Any] = (), **options: Any) -> Iterator[str]:
-        """The text of `chat`, piece by piece: the pieces join to its `text`."""
+    def stream(self, messages: Any, images: Seq[Any] = (), **options: Any) -> Generator[str, None, Reply]:
+        """The text of `chat`, piece by piece: the pieces join to its `text`; the generator returns the `Reply`.
+
+        What is wrong with the messages or options is raised here, before the first piece.
+        """
         chosen = _options(options)
         inputs = self.inputs(messages, images)
         run, (writer,) = self._start([inputs], chosen)
 
-        def pieces() -> Iterator[str]:
+        def pieces() -> Generator[str, None, Reply]:
             while writer.finish is None:
                 for event in run.step():
                     piece = writer.push(event.id or 0, event.finish)
@@ -266,6 +269,7 @@ class ChatModel:
                         run.cancel(event.doc)
                     if piece:
                         yield piece
+            return _reply(inputs, writer)
 
         return pieces()
 
@@ -310,20 +314,21 @@ class ChatModel:
                 writer.push(event.id or 0, event.finish)
                 if writer.finish:
                     run.cancel(event.doc)
-        return [
-            Reply(
-                text=writer.text,
-                token_ids=writer.ids,
-                boxes=parse_boxes(writer.text),
-                finish=writer.finish or "length",
-                usage={
-                    "prompt_tokens": len(inputs.token_ids),
-                    "completion_tokens": len(writer.ids),
-                    "tiles": inputs.tiles.shape[0],
-                },
-            )
-            for inputs, writer in zip(laid, writers, strict=True)
-        ]
+        return [_reply(inputs, writer) for inputs, writer in zip(laid, writers, strict=True)]
+
+
+def _reply(inputs: ModelInputs, writer: _Writer) -> Reply:
+    return Reply(
+        text=writer.text,
+        token_ids=writer.ids,
+        boxes=parse_boxes(writer.text),
+        finish=writer.finish or "length",
+        usage={
+            "prompt_tokens": len(inputs.token_ids),
+            "completion_tokens": len(writer.ids),
+            "tiles": inputs.tiles.shape[0],
+        },
+    )
 
 
 def _options(options: Mapping[str, Any]) -> Options:
