@@ -230,21 +230,23 @@ def tell(
     flowing: bool,
 ) -> Reply:
     """Print the answer to stdout, whole or as it comes, and return it."""
-    from chiasm.media.boxes import parse_boxes
-    from chiasm.model.chat import Reply
-
     if flowing:
-        text, safe = "", sys.stdout.isatty()
-        for piece in model.stream(messages, pictures, **options):
-            text += piece
+        safe = sys.stdout.isatty()
+        pieces = model.stream(messages, pictures, **options)
+        while True:
+            try:
+                piece = next(pieces)
+            except StopIteration as end:  # a generator's return value travels in here
+                reply = end.value
+                break
             print(plain_text(piece) if safe else piece, end="", flush=True)
         print(flush=True)
-        return Reply(text=text, token_ids=[], boxes=parse_boxes(text))
-    reply = model.chat(messages, pictures, **options)
-    if as_json:
-        print(json.dumps(reply.to_dict(), ensure_ascii=False), flush=True)
-        return reply
-    print(plain_text(reply.text) if sys.stdout.isatty() else reply.text, flush=True)
+    else:
+        reply = model.chat(messages, pictures, **options)
+        if as_json:
+            print(json.dumps(reply.to_dict(), ensure_ascii=False), flush=True)
+            return reply
+        print(plain_text(reply.text) if sys.stdout.isatty() else reply.text, flush=True)
     if reply.finish == "length":
         note(f"the answer was cut after {len(reply.token_ids)} tokens: see --max-new-tokens")
     return reply
