@@ -28,7 +28,7 @@ def test_the_answer_alone_is_on_stdout(run: Run, tiny: Path, picture: Path) -> N
     assert plain.out == expected.text + "\n"
     assert plain.err == "note: the answer was cut after 6 tokens: see --max-new-tokens\n"
     streamed = run("chat", picture, ASK, "--model", tiny, "--stream", *SHORT)
-    assert (streamed.out, streamed.err) == (plain.out, "")
+    assert (streamed.out, streamed.err) == (plain.out, plain.err)
     (reply,) = read_lines(run("chat", picture, ASK, "--model", tiny, "--json", *SHORT).out)
     assert reply == expected.to_dict()
 
@@ -101,7 +101,9 @@ class Says:
         return Reply(text=self.text, token_ids=[1], boxes=parse_boxes(self.text))
 
     def stream(self, messages: object, images: object = (), **options: object):
-        yield from self.chat(messages, images, **options).text
+        reply = self.chat(messages, images, **options)
+        yield from reply.text
+        return reply
 
 
 @pytest.fixture

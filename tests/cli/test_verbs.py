@@ -7,6 +7,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 from tests.cli.conftest import Run
 
 import chiasm
@@ -192,3 +193,26 @@ def test_doctor_notices_a_full_disk_and_missing_weights(healthy: None, monkeypat
     monkeypatch.setattr(doctor, "files", lambda _: tmp_path)
     assert not doctor._bundled(problems)["complete"]
     assert "install chiasm again" in problems[0]
+
+
+def test_a_run_becomes_a_bundle(run: Run, tmp_path: Path) -> None:
+    from chiasm.systems.internvl.mini import MiniConfig, read_bundle
+    from chiasm.systems.internvl.recipes import debug, mini_sft
+    from chiasm.train.run import Checkpoint, RunFolder
+
+    def finished(recipe: object, reference: str) -> Path:
+        folder = RunFolder.create(tmp_path, recipe, run_id=reference.rpartition("/")[2], reference=reference)
+        weights = {"embedder.connect.norm.weight": torch.full((3,), 0.5)}
+        folder.save(Checkpoint(step=7, weights=weights, optimizer={}, state={}))
+        return folder.path
+
+    made = tmp_path / "bundle"
+    ran = run("convert", finished(mini_sft(), "internvl/mini_sft"), made, "--to", "bundle", "--json")
+    assert json.loads(ran.out)["step"] == 7
+    config, state = read_bundle(made)
+    assert config == MiniConfig()
+    assert state["embedder.connect.norm.weight"].dtype == torch.bfloat16
+    again = run("convert", tmp_path / "mini_sft", made, "--to", "bundle")
+    assert (again.code, "--force" in again.error_line) == (2, True)
+    other = run("convert", finished(debug(), "internvl/debug"), tmp_path / "no", "--to", "bundle")
+    assert (other.code, "internvl/mini_sft" in other.error_line) == (2, True)

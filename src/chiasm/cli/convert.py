@@ -1,15 +1,20 @@
-"""``chiasm convert SRC DST --to original|hf|hf-old``: an InternVL checkpoint in another public layout."""
+"""``chiasm convert SRC DST --to …``: a checkpoint in another public layout, or a training run as a bundle.
+
+``--to original|hf|hf-old`` translates an InternVL checkpoint. ``--to bundle`` takes the run folder of
+``internvl/mini_sft`` and writes what `chiasm.load` reads as a chiasm-mini: config and bfloat16 weights.
+"""
 
 from __future__ import annotations
 
 import json
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from chiasm.cli.terminal import note, waiting
+from chiasm.errors import UsageError
 
 __all__ = ["convert_command"]
 
@@ -20,12 +25,15 @@ class Layout(StrEnum):
     ORIGINAL = "original"
     HF = "hf"
     HF_OLD = "hf-old"
+    BUNDLE = "bundle"
 
 
 def convert_command(
     src: Annotated[
         Path,
-        typer.Argument(metavar="SRC", help="Checkpoint folder, in any of the layouts.", show_default=False),
+        typer.Argument(
+            metavar="SRC", help="Checkpoint folder in any layout, or a training run.", show_default=False
+        ),
     ],
     dst: Annotated[
         Path, typer.Argument(metavar="DST", help="Folder to write; whole or not at all.", show_default=False)
@@ -34,7 +42,7 @@ def convert_command(
         Layout,
         typer.Option(
             "--to",
-            help="original (remote code), hf (transformers) or hf-old (before its release 5).",
+            help="original (remote code), hf (transformers), hf-old (before its release 5), or bundle (of a run).",
             show_default=False,
         ),
     ],
@@ -45,6 +53,14 @@ def convert_command(
 
     The weights stay the same, bit by bit; config, tokenizer and processor files are translated.
     """
+    if to is Layout.BUNDLE:
+        report = _bundle(src, dst, force=force)
+        print(
+            json.dumps(report)
+            if as_json
+            else f"{dst}: {report['bytes'] / 1e6:.1f} MB after {report['step']} steps"
+        )
+        return
     from chiasm.checkpoint.convert import convert
 
     with waiting(f"converting {src}"):
@@ -59,3 +75,23 @@ def convert_command(
     )
     for line in report.notes:
         note(line)
+
+
+def _bundle(src: Path, dst: Path, *, force: bool) -> dict[str, Any]:
+    """The last checkpoint of a mini_sft run as a chiasm-mini; returns its report."""
+    from chiasm.cli.train import find_recipe
+    from chiasm.systems.internvl.mini import save_bundle
+    from chiasm.systems.internvl.recipes import MiniModel
+    from chiasm.train.recipe import apply_overrides
+    from chiasm.train.run import RunFolder
+
+    run = RunFolder.open(src)
+    info = run.info
+    model = apply_overrides(find_recipe(info["reference"])(), info["overrides"]).model
+    if not isinstance(model, MiniModel):
+        raise UsageError(f"{src} is a run of {info['reference']}: a bundle is made from internvl/mini_sft")
+    if dst.exists() and not force:
+        raise UsageError(f"{dst} exists: choose another folder, or --force to write into it")
+    checkpoint = run.load()
+    size = save_bundle(checkpoint.weights, model.config, dst, {"run": run.path.name, "step": checkpoint.step})
+    return {"folder": str(dst), "bytes": size, "step": checkpoint.step, "run": str(src)}

@@ -382,7 +382,8 @@ def _regenerate(families: Mapping[str, Any], stages: list[Mapping[str, Any]]) ->
         "python -m chiasm.eval.perplexity downloads",
         "python -m chiasm.worlds.teacher                                 # features of the teacher",
         *train,
-        "chiasm eval chiasm-mini --card                                  # resumable; writes this page",
+        f"chiasm convert runs/{stages[-1]['name'] if stages else 'mini-sft'} bundle --to bundle",
+        "chiasm eval bundle --card                                       # resumable; writes this page",
         "```",
     ]
     if "cifar10" in families:

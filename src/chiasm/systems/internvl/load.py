@@ -68,7 +68,9 @@ def resolve_dtype(dtype: str | torch.dtype | None, stored: str | None = None) ->
     return DTYPES[name]
 
 
-def config_from_public(public: InternVLPublicConfig, policy: TilePolicy, *, tie_words: bool) -> InternVLConfig:
+def config_from_public(
+    public: InternVLPublicConfig, policy: TilePolicy, *, tie_words: bool
+) -> InternVLConfig:
     """The native config of a public one; only the original layout names a template."""
     return InternVLConfig(
         vision=public.vision_config(),

