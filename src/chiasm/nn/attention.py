@@ -33,7 +33,9 @@ class Segments:
         if len(self.lengths) != len(self.slots):
             raise ConfigError(f"Segments has {len(self.lengths)} lengths but {len(self.slots)} slots")
         if any(n <= 0 for n in self.lengths):
-            raise ConfigError("Segments must not hold empty documents: drop them before building the sequence")
+            raise ConfigError(
+                "Segments must not hold empty documents: drop them before building the sequence"
+            )
 
     @classmethod
     def of(cls, lengths: Seq[int], slots: Seq[int] | None = None) -> Segments:
@@ -53,10 +55,12 @@ class Segments:
 
     @property
     def total(self) -> int:
+        """Rows of all documents, T."""
         return sum(self.lengths)
 
     @property
     def starts(self) -> tuple[int, ...]:
+        """First row of each document."""
         out, at = [], 0
         for n in self.lengths:
             out.append(at)
@@ -85,9 +89,11 @@ class KVCache:
 
     @property
     def slots(self) -> int:
+        """Number of documents that it can hold."""
         return len(self.lengths)
 
     def past(self, segments: Segments) -> tuple[int, ...]:
+        """Cached tokens of each document."""
         return tuple(self.lengths[s] for s in segments.slots)
 
     def write(self, layer: int, k_TGD: Tensor, v_TGD: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
@@ -103,6 +109,7 @@ class KVCache:
         return k, v
 
     def advance(self, segments: Segments) -> None:
+        """Count the rows in that every layer has now written."""
         for slot, n in zip(segments.slots, segments.lengths, strict=True):
             self.lengths[slot] += n
 
@@ -126,7 +133,8 @@ class KVCache:
             if need > self._capacity:
                 self._capacity = max(need, 2 * self._capacity, 64)
             shape = (self.slots, like.shape[1], self._capacity, like.shape[2])
-            grown_k, grown_v = like.new_empty(shape), like.new_empty(shape)
+            # Zeros, not empty memory: a NaN in rows that nobody wrote would survive a weight of zero.
+            grown_k, grown_v = like.new_zeros(shape), like.new_zeros(shape)
             if k is not None and v is not None:
                 grown_k[:, :, : k.shape[2]] = k
                 grown_v[:, :, : v.shape[2]] = v
@@ -151,13 +159,14 @@ def attend(
         segments: the documents; their lengths must add up to T.
         cache: where keys and values of the past lie and where the new ones go (`layer` is its index).
         causal: a token sees its own document up to itself; else the whole document (no cache then).
+
     Returns:
         (T, H, D) in the dtype of the queries.
+
     Raises:
         ConfigError: lengths do not add up to T, or a cache is asked for non-causal attention.
     """
     T, H, D = q_THD.shape
-    G = k_TGD.shape[1]
     if segments.total != T:
         raise ConfigError(f"segments cover {segments.total} tokens but the row has {T}")
     if cache is None:
@@ -170,7 +179,9 @@ def attend(
         if causal and longest <= 256 and longest * len(segments.lengths) <= 2 * T:
             # Many short documents: one batched call over rows filled up at the right, which causality hides.
             rows = torch.arange(longest, device=q_THD.device)[None]
-            starts, ends = (torch.tensor(x, device=q_THD.device)[:, None] for x in (segments.starts, segments.lengths))
+            starts, ends = (
+                torch.tensor(x, device=q_THD.device)[:, None] for x in (segments.starts, segments.lengths)
+            )
             real_NL = rows < ends
             index_NL = (starts + rows).clamp_max(T - 1)
             q, k, v = (x[index_NL].transpose(1, 2) for x in (q_THD, k_TGD, v_TGD))
@@ -182,7 +193,7 @@ def attend(
         raise ConfigError("a KV cache holds the past of causal attention only")
     past = cache.past(segments)
     k, v = cache.write(layer, k_TGD, v_TGD, segments)
-    if T == len(segments.lengths):  # one new token each: decoding
+    if len(segments.lengths) == T:  # one new token each: decoding
         return _decode(q_THD, k, v, segments.slots, [p + 1 for p in past])
     out, at = [], 0
     for slot, n, p in zip(segments.slots, segments.lengths, past, strict=True):
@@ -195,7 +206,9 @@ def _batched(q_NHLD: Tensor, k_NGLD: Tensor, v_NGLD: Tensor, causal: bool) -> Te
     """Documents of one length L -> (N, H, L, D)."""
     N, H, L, D = q_NHLD.shape
     G = k_NGLD.shape[1]
-    if not (q_NHLD.requires_grad and q_NHLD.device.type == "cpu" and q_NHLD.dtype == torch.bfloat16 and L <= 512):
+    if not (
+        q_NHLD.requires_grad and q_NHLD.device.type == "cpu" and q_NHLD.dtype == torch.bfloat16 and L <= 512
+    ):
         return F.scaled_dot_product_attention(q_NHLD, k_NGLD, v_NGLD, is_causal=causal, enable_gqa=G != H)
     # The fused CPU kernel's bf16 backward takes 6x the time of two batched products (37 tokens, 9 heads, measured).
     q = q_NHLD.reshape(N * G, H // G * L, D)
@@ -231,7 +244,7 @@ def _decode(q_NHD: Tensor, k: Tensor, v: Tensor, slots: Seq[int], lengths: list[
     G = k.shape[1]
     longest = max(lengths)
     q = q_NHD.view(N, G, H // G, D)
-    if slots == tuple(range(k.shape[0])):
+    if tuple(slots) == tuple(range(k.shape[0])):
         k, v = k[:, :, :longest], v[:, :, :longest]
     else:
         rows = torch.tensor(slots, device=k.device)
@@ -240,13 +253,12 @@ def _decode(q_NHD: Tensor, k: Tensor, v: Tensor, slots: Seq[int], lengths: list[
     if min(lengths) != longest:
         ends = torch.tensor(lengths, device=q.device)
         mask = (torch.arange(longest, device=q.device) < ends[:, None])[:, None, None]
-        # Unwritten cache rows are uninitialised memory: a NaN there would survive a zero weight.
-        v = v.masked_fill(~mask.transpose(2, 3), 0)
-        k = k.masked_fill(~mask.transpose(2, 3), 0)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(N, H, D)
 
 
-def attend_reference(q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, doc_T: Tensor, *, causal: bool = True) -> Tensor:
+def attend_reference(
+    q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, doc_T: Tensor, *, causal: bool = True
+) -> Tensor:
     """The slow twin of `attend` without a cache: one dense (T, T) mask, plain softmax, fp32."""
     T, H, D = q_THD.shape
     k, v = (x.repeat_interleave(H // x.shape[1], dim=1).float() for x in (k_TGD, v_TGD))

@@ -26,13 +26,17 @@ from chiasm.nn.rope import rotate
 class FeedForward(Protocol):
     """Any module that maps (T, C) to (T, C) and may look at the kind of every row."""
 
-    def __call__(self, x_TC: Tensor, kind_T: Tensor) -> Tensor: ...
+    def __call__(self, x_TC: Tensor, kind_T: Tensor) -> Tensor:
+        """See the class."""
+        ...
 
 
 class Attention(nn.Module):
     """Causal grouped-query attention with rotary positions, through the one seam."""
 
-    def __init__(self, width: int, heads: int, kv_heads: int, head_dim: int, *, qkv_bias: bool = False) -> None:
+    def __init__(
+        self, width: int, heads: int, kv_heads: int, head_dim: int, *, qkv_bias: bool = False
+    ) -> None:
         super().__init__()
         if heads % kv_heads:
             raise ConfigError(f"heads ({heads}) must be a multiple of kv_heads ({kv_heads})")
@@ -54,6 +58,7 @@ class Attention(nn.Module):
         cache: KVCache | None = None,
         layer: int = 0,
     ) -> Tensor:
+        """(T, C) -> (T, C); `table` holds the rotations of the T rows, `layer` is this one's place in the cache."""
         H, G = self.heads, self.kv_heads
         qkv = self.qkv(x_TC).view(-1, H + 2 * G, self.head_dim)
         qk = rotate(qkv[:, : H + G], table)  # queries and keys turn in one call
@@ -76,6 +81,7 @@ class SwiGLU(nn.Module):
         return self.hidden, self.hidden
 
     def forward(self, x_TC: Tensor, kind_T: Tensor | None = None) -> Tensor:
+        """(T, C) -> (T, C); every row alike."""
         gate, up = self.gate_up(x_TC).split(self.hidden, dim=-1)
         return self.down(F.silu(gate) * up)
 
@@ -93,6 +99,7 @@ class Routed(nn.Module):
         self.experts = nn.ModuleDict({str(kind): expert for kind, expert in experts.items()})
 
     def forward(self, x_TC: Tensor, kind_T: Tensor) -> Tensor:
+        """(T, C) -> (T, C), each row through the expert of its kind."""
         out = torch.empty_like(x_TC)
         rest = torch.ones_like(kind_T, dtype=torch.bool)
         for kind, expert in self.experts.items():
@@ -102,6 +109,7 @@ class Routed(nn.Module):
         return out.index_put((rest.nonzero()[:, 0],), self.default(x_TC[rest], kind_T[rest]))
 
     def blended(self, x_TC: Tensor, kind_T: Tensor) -> Tensor:
+        """The slow twin of `forward`."""
         out = self.default(x_TC, kind_T)
         for kind, expert in self.experts.items():
             out = torch.where((kind_T == int(kind))[:, None], expert(x_TC, kind_T), out)
@@ -124,5 +132,6 @@ class Block(nn.Module):
         cache: KVCache | None = None,
         layer: int = 0,
     ) -> Tensor:
+        """(T, C) -> (T, C)."""
         x_TC = x_TC + self.attn(self.norm1(x_TC), table, segments, cache, layer)
         return x_TC + self.ffn(self.norm2(x_TC), kind_T)

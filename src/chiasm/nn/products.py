@@ -40,7 +40,7 @@ def single_row_products(active: bool = True) -> Iterator[None]:
         return
     with _Switch.lock:
         if _Switch.holders == 0:
-            _Switch.before = torch.backends.mkldnn.enabled
+            _Switch.before = bool(torch.backends.mkldnn.enabled)  # type: ignore[truthy-bool]
             torch.backends.mkldnn.enabled = False
         _Switch.holders += 1
     try:

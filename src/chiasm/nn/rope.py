@@ -39,6 +39,7 @@ class Rope:
 
     @property
     def kind(self) -> str:
+        """One of KINDS."""
         scaling = self.scaling or {}
         return scaling.get("rope_type") or scaling.get("type") or "default"
 
@@ -64,7 +65,7 @@ class Rope:
         return inv
 
     def table(self, pos_T: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin, each (T, 1, D), for float positions (T,). Angles are computed in float32."""
+        """Cos and sin, each (T, 1, D), for float positions (T,). Angles are computed in float32."""
         longest = float(pos_T.max()) + 1 if self.kind == "dynamic" and pos_T.numel() else 0.0
         inv = self.inverse_frequencies(longest, pos_T.device)
         angle = pos_T.float()[:, None] * inv[None]

@@ -33,10 +33,13 @@ class Sampling:
         if self.top_k < 0:
             raise ConfigError(f"top_k must be >= 0 (0 switches it off), found {self.top_k}")
         if not self.repetition_penalty > 0:
-            raise ConfigError(f"repetition_penalty must be > 0 (1 switches it off), found {self.repetition_penalty}")
+            raise ConfigError(
+                f"repetition_penalty must be > 0 (1 switches it off), found {self.repetition_penalty}"
+            )
 
     @property
     def greedy(self) -> bool:
+        """Whether the likeliest token is always taken."""
         return self.temperature == 0.0
 
 

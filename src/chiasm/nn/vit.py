@@ -139,7 +139,9 @@ class VitAttention(nn.Module):
         q_NHTD, k_NHTD, v_NHTD = (self._split_heads(y) for y in (q_NTC, k_NTC, v_NTC))
         if x_NTC.device.type == "cpu" and q_NTC.dtype == torch.bfloat16 and q_NTC.requires_grad:
             # The fused CPU kernel's bf16 backward takes 3x the time of two batched products (65 tokens, measured).
-            weights_NHTT = torch.softmax((q_NHTD * q_NHTD.shape[-1] ** -0.5) @ k_NHTD.transpose(-1, -2), dim=-1)
+            weights_NHTT = torch.softmax(
+                (q_NHTD * q_NHTD.shape[-1] ** -0.5) @ k_NHTD.transpose(-1, -2), dim=-1
+            )
             out_NHTD = weights_NHTT @ v_NHTD
         else:
             out_NHTD = F.scaled_dot_product_attention(q_NHTD, k_NHTD, v_NHTD)

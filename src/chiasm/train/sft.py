@@ -103,7 +103,9 @@ class ChatSource:
             row = slow_document(blank, self.spec)
             # The blank picture's content hash must not stand for other pictures.
             self._texts[key] = replace(row, spans=tuple(replace(span, key="") for span in row.spans))
-        image_SS3 = torch.tensor(sample.image) if image_SS3 is None else image_SS3  # PIL's arrays are read-only
+        image_SS3 = (
+            torch.tensor(sample.image) if image_SS3 is None else image_SS3
+        )  # PIL's arrays are read-only
         tile_13SS = image_SS3.permute(2, 0, 1)[None].contiguous()
         return replace(self._texts[key], media={"image": MediaBatch(tile_13SS)})
 
