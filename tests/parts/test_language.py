@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from chiasm.errors import ConfigError
 from chiasm.nn.attention import Segments
 from chiasm.parts.language.config import LanguageConfig
 from chiasm.parts.language.decoder import Decoder, build_decoder, init_decoder
-
-transformers = pytest.importorskip("transformers")
 
 SCALINGS = {
     "default": None,

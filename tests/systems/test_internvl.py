@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Generator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
 from tests.contracts.skeleton import extend
 from tokenizers import Tokenizer as Backend
@@ -17,11 +19,9 @@ from chiasm.checkpoint.convert import convert
 from chiasm.checkpoint.vocab import SPECIAL_TOKENS
 from chiasm.data.sequence import Sequence
 from chiasm.errors import ContextOverflowError, UsageError
-from chiasm.model.chat import ChatModel
+from chiasm.model.chat import ChatModel, Reply
 from chiasm.systems.internvl.load import load_folder
 from chiasm.text.tokenizer import Tokenizer
-
-transformers = pytest.importorskip("transformers")
 
 TILE, PATCH = 28, 7  # 16 patches, 4 tokens a tile
 
@@ -150,8 +150,26 @@ def test_batch_equals_one_by_one(pair: tuple[torch.nn.Module, ChatModel]) -> Non
         alone = ours.chat(messages, max_new_tokens=8)
         prefix = _equal_where_sure(ours, messages, alone.token_ids, reply.token_ids)
         assert prefix, (alone.token_ids, reply.token_ids)
+    ours.features.clear()  # neither side may profit from what the other has encoded
     exact = ours.batch(QUESTIONS, max_new_tokens=8, deterministic=True)
-    assert exact == [ours.chat(m, max_new_tokens=8) for m in QUESTIONS]
+    alone = []
+    for messages in reversed(QUESTIONS):
+        ours.features.clear()
+        alone.insert(0, ours.chat(messages, max_new_tokens=8))
+    assert exact == alone
+
+
+def test_features_do_not_depend_on_what_is_encoded_beside_them(
+    pair: tuple[torch.nn.Module, ChatModel],
+) -> None:
+    _, ours = pair
+    laid = [ours.inputs(m).sequence for m in QUESTIONS[1:]]
+    with torch.inference_mode():
+        ours.features.clear()
+        together = ours.model.embedder(Sequence.pack(laid)).x_TC.split([len(s) for s in laid])
+        for sequence, rows in zip(laid, together, strict=True):
+            ours.features.clear()
+            assert torch.equal(ours.model.embedder(sequence).x_TC, rows)
 
 
 def _equal_where_sure(ours: ChatModel, messages: list[dict], a: list[int], b: list[int]) -> bool:
@@ -170,23 +188,57 @@ def _equal_where_sure(ours: ChatModel, messages: list[dict], a: list[int], b: li
     return True
 
 
-def test_stream_joins_to_the_text_and_stop_strings_end_it(pair: tuple[torch.nn.Module, ChatModel]) -> None:
+def drain(pieces: Generator[str, None, Reply]) -> tuple[str, Reply]:
+    """All pieces joined, and what the generator returned."""
+    got = []
+    while True:
+        try:
+            got.append(next(pieces))
+        except StopIteration as end:
+            return "".join(got), end.value
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 1.5, "seed": 3, "top_p": 0.9, "top_k": 50, "repetition_penalty": 1.2}]
+)
+def test_stream_joins_to_the_text(pair: tuple[torch.nn.Module, ChatModel], options: dict) -> None:
     _, ours = pair
-    for options in (
-        {},
-        {"temperature": 1.5, "seed": 3, "top_p": 0.9, "top_k": 50, "repetition_penalty": 1.2},
-    ):
-        reply = ours.chat("Say something", max_new_tokens=24, **options)
-        assert "".join(ours.stream("Say something", max_new_tokens=24, **options)) == reply.text
-        assert reply == ours.chat("Say something", max_new_tokens=24, **options)
-        for n in (1, 2):
-            stop = reply.text[4 : 4 + n]
-            if len(stop) == n and "\ufffd" not in stop:
-                cut = ours.chat("Say something", max_new_tokens=24, stop=(stop, "never written"), **options)
-                assert cut.text == reply.text[: reply.text.index(stop)]
-                assert cut.finish == "stop"
-                streamed = ours.stream("Say something", max_new_tokens=24, stop=stop, **options)
-                assert "".join(streamed) == cut.text
+    reply = ours.chat("Say something", max_new_tokens=24, **options)
+    assert "".join(ours.stream("Say something", max_new_tokens=24, **options)) == reply.text
+    assert reply == ours.chat("Say something", max_new_tokens=24, **options)
+
+
+def test_stop_strings_end_an_answer_and_are_held_back(
+    pair: tuple[torch.nn.Module, ChatModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A head that writes a known text: its every infix is found, whole tokens or not, streamed or not."""
+    _, ours = pair
+    text = "abcab abcabd. The end"
+    ids = ours.spec.tokenizer.encode(text)
+
+    def chat(stop: object, *, streamed: bool) -> tuple[str, str]:
+        script = iter([*ids, *ours.stop_ids[:1]])
+        monkeypatch.setattr(
+            ours.model.head,
+            "logits",
+            lambda hidden: torch.nn.functional.one_hot(
+                torch.full((len(hidden),), next(script)), ours.spec.tokenizer.vocab_size
+            ).float(),
+        )
+        if streamed:
+            pieces = ours.stream("Say it", stop=stop)
+            got, reply = drain(pieces)
+            assert reply.text == got
+            return got, reply.finish
+        reply = ours.chat("Say it", stop=stop)
+        return reply.text, reply.finish
+
+    for streamed in (False, True):
+        assert chat((), streamed=streamed) == (text, "stop")
+        for begin in range(len(text)):
+            stop = text[begin : begin + 4]
+            assert chat((stop, "never"), streamed=streamed) == (text[: text.index(stop)], "stop")
+        assert chat(("abcabx", "zz"), streamed=streamed) == (text, "stop")
 
 
 def test_second_question_about_a_picture_skips_the_encoder(pair: tuple[torch.nn.Module, ChatModel]) -> None:
@@ -222,6 +274,10 @@ def test_several_turns_and_limits(pair: tuple[torch.nn.Module, ChatModel]) -> No
         ours.chat("hi", max_tokens=3)
     room = 512 - len(ours.inputs("x" * 440).token_ids)
     assert len(ours.chat("x" * 440, max_new_tokens=10_000).token_ids) <= room
+    with pytest.raises(UsageError, match="whole number"):
+        ours.chat("hi", max_new_tokens="3")
+    with pytest.raises(UsageError, match="images must be a list"):
+        ours.chat("hi", "photo.png")
     with pytest.raises(UsageError, match="outside"):
         ours.logits(ours.inputs("hi"), [9999])
 

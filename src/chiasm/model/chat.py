@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from chiasm.data.layout import LayoutSpec, layout
+from chiasm.data.message import Part, parse_messages
 from chiasm.data.sequence import Sequence
 from chiasm.errors import ConfigError, ContextOverflowError, DataError, UsageError
 from chiasm.media.boxes import Box, parse_boxes
@@ -115,10 +117,22 @@ class Options:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens must be at least 1, found {self.max_new_tokens}")
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
+        for name in ("max_new_tokens", "top_k", "seed"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise UsageError(f"option {name} must be a whole number, found {value!r}")
+        for name in ("temperature", "top_p", "repetition_penalty"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or isinstance(value, bool):
+                raise UsageError(f"option {name} must be a number, found {value!r}")
+        if not isinstance(self.stop, list | tuple) or not all(isinstance(s, str) for s in self.stop):
+            raise UsageError(f"option stop must be a string or several, found {self.stop!r}")
+        if self.max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens must be at least 1, found {self.max_new_tokens}")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed must be in 0 … 2^63 - 1, found {self.seed}")
         if not all(self.stop):
             raise ConfigError("a stop string must not be empty")
 
@@ -183,7 +197,7 @@ class ChatModel:
         model: the network, in eval mode.
         spec: tokenizer, template, tile policy and token counts.
         name: shown to users.
-        features: cache of encoded images; None switches it off.
+        features: cache of encoded images; None makes one of 1 GiB, `FeatureCache(0)` remembers nothing.
         deterministic: `batch` answers one conversation after the other, bit-equal to `chat`.
     """
 
@@ -279,7 +293,8 @@ class ChatModel:
         """Answer several conversations at once, in order.
 
         Ragged prompts are read as one row without padding. Results equal those of `chat` up to the rounding of
-        larger matrix products; `deterministic=True` answers one by one and is bit-equal.
+        larger matrix products; `deterministic=True` answers one by one and is bit-equal (as long as no other
+        thread computes in this process: see `chiasm.nn.products`).
         """
         chosen = _options(options)
         laid = [self.inputs(c) for c in conversations]
@@ -332,27 +347,26 @@ def _reply(inputs: ModelInputs, writer: _Writer) -> Reply:
 
 
 def _options(options: Mapping[str, Any]) -> Options:
-    try:
-        return Options(**options)
-    except TypeError:
-        known = tuple(Options.__dataclass_fields__)
-        unknown = next((name for name in options if name not in known), "?")
-        raise UsageError(f"unknown option {unknown!r}: use one of {', '.join(known)}") from None
+    known = tuple(Options.__dataclass_fields__)
+    for name in options:
+        if name not in known:
+            raise UsageError(f"unknown option {name!r}: use one of {', '.join(known)}")
+    return Options(**options)
 
 
 def with_images(messages: Any, images: Seq[Any]) -> Any:
-    """Messages with `images` put in front of the last user message."""
+    """Messages with `images` put in front of the last user message.
+
+    Raises DataError when no message is the user's, UsageError when `images` is one image instead of several.
+    """
+    if isinstance(images, str | bytes | Path) or hasattr(images, "size"):
+        raise UsageError("images must be a list: write images=[picture] for one")
     if not images:
         return messages
-    parts = [{"type": "image", "image": image} for image in images]
-    if isinstance(messages, str):
-        return [{"role": "user", "content": [*parts, {"type": "text", "text": messages}]}]
-    out = list(messages)
-    last = next((i for i in reversed(range(len(out))) if out[i].get("role") == "user"), None)
+    turns = parse_messages(messages)
+    last = next((n for n in reversed(range(len(turns))) if turns[n].role == "user"), None)
     if last is None:
         raise DataError("images were given but no message has the role user")
-    content = out[last].get("content", "")
-    if isinstance(content, str):
-        content = [{"type": "text", "text": content}]
-    out[last] = {**out[last], "content": [*parts, *content]}
-    return out
+    shown = tuple(Part("image", image) for image in images)
+    turns[last] = replace(turns[last], parts=(*shown, *turns[last].parts))
+    return turns

@@ -96,7 +96,9 @@ class Decoding:
         ]
         self._live = list(range(n))
         self._cache = model.new_cache(
-            n, capacity=max(len(p) + m for p, m in zip(prompts, limits, strict=True))
+            n,
+            # Longer answers grow the cache by doubling: room for the longest allowed one may never be needed.
+            capacity=max(len(p) + min(m, 256) for p, m in zip(prompts, limits, strict=True)),
         )
         self._next: Sequence | None = Sequence.pack(list(prompts))
         begin = getattr(model.head, "begin", None)  # heads with a memory of their own look at the prompts

@@ -74,5 +74,6 @@ def choose(logits_V: Tensor, sampling: Sampling, seen: Tensor, generator: torch.
     logits_V = penalize_repetition(logits_V, seen, sampling.repetition_penalty)
     if sampling.greedy:
         return int(logits_V.argmax())
-    logits_V = keep_top_p(keep_top_k(logits_V / sampling.temperature, sampling.top_k), sampling.top_p)
+    logits_V = (logits_V - logits_V.max()) / sampling.temperature  # a tiny temperature must not overflow
+    logits_V = keep_top_p(keep_top_k(logits_V, sampling.top_k), sampling.top_p)
     return int(torch.multinomial(logits_V.softmax(-1), 1, generator=generator))

@@ -82,7 +82,8 @@ def encode_spans(
     Args:
         encode: raw items (N, …) -> (N, K, C).
         cache: looked up and filled when given (inference only: cached features carry no gradient).
-        max_items: items encoded at once, which bounds the memory of many-tile images.
+        max_items: items encoded at once, which bounds the memory of many-tile images; all spans together
+            without a cache, each span on its own with one.
 
     Returns:
         (span, (span.length, C)) in span order. Several equal spans are encoded once.
@@ -91,29 +92,22 @@ def encode_spans(
     if not spans:
         return []
     data = sequence.media[media].data
+    if cache is None:
+        encoded = torch.cat([encode(part) for part in data.split(max_items)])
+        return [(s, encoded[s.first : s.first + s.items].flatten(0, 1)) for s in spans]
+    # Each span on its own: what is remembered must not depend, in its last bits, on what stood beside it.
     done: dict[str, Tensor] = {}
-    todo: list[Span] = []
+    out = []
     for span in spans:
-        if cache is not None and span.key not in done:
-            found = cache.get(span.key)
-            if found is not None:
-                done[span.key] = found
-                continue
-        if cache is None or not span.key or span.key not in done:
-            if cache is not None and any(t.key == span.key and span.key for t in todo):
-                continue
-            todo.append(span)
-    fresh: dict[int, Tensor] = {}
-    if todo:
-        whole = sum(t.items for t in todo) == data.shape[0]
-        items = data if whole else torch.cat([data[t.first : t.first + t.items] for t in todo])
-        encoded = torch.cat([encode(part) for part in items.split(max_items)]).flatten(0, 1)
-        for span, features in zip(todo, encoded.split([t.length for t in todo]), strict=True):
-            fresh[span.start] = features
-            if cache is not None and span.key:
-                done[span.key] = features
-                cache.put(span.key, features.detach().clone())
-    return [(s, fresh[s.start] if s.start in fresh else done[s.key]) for s in spans]
+        features = done.get(span.key) if span.key in done else cache.get(span.key)
+        if features is None:
+            items = data[span.first : span.first + span.items]
+            features = torch.cat([encode(part) for part in items.split(max_items)]).flatten(0, 1)
+            cache.put(span.key, features)
+        if span.key:
+            done[span.key] = features
+        out.append((span, features))
+    return out
 
 
 def overwrite_rows(x_TC: Tensor, features: list[tuple[Span, Tensor]]) -> Tensor:
