@@ -336,6 +336,17 @@ def test_the_limit_is_our_own_and_exact(monkeypatch: pytest.MonkeyPatch) -> None
         assert open_image(image).mode == "RGB"
 
 
+def test_a_size_that_shows_only_while_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some plugins (ICO, for one) meet the true size in load(): that is the same answer, not a bug's."""
+    data = encoded(Image.new("L", (4, 4)))
+
+    def load(self: object) -> None:
+        raise Image.DecompressionBombError("huge")
+
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", load)
+    assert "limit" in refused(data)
+
+
 def test_no_warning_where_pillow_would_warn(monkeypatch: pytest.MonkeyPatch) -> None:
     # In the upper half of the accepted range Pillow warns of a bomb, and warnings are errors here.
     data = encoded(Image.new("L", (40, 40)))

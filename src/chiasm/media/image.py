@@ -195,8 +195,10 @@ def _finish(image: Image.Image, name: str, orient: bool, note: Note) -> Image.Im
         animated = image.format != "MPO" and getattr(image, "is_animated", False)
         image.load()
         rgb = to_rgb(image, name=name, on_note=note)
-    except (ImageError, Image.DecompressionBombError):
+    except ImageError:
         raise
+    except Image.DecompressionBombError as error:  # some plugins learn the true size only while decoding
+        raise _too_large(name) from error
     # Decoders report damage by nearly every exception type there is.
     except Exception as error:
         raise _damaged(name, error) from error
