@@ -221,6 +221,26 @@ def test_the_conversation_of_a_real_model(
     assert second["token_ids"] == model.chat(messages, max_new_tokens=6).token_ids
 
 
+def test_interrupted_turns_leave_what_was_said(monkeypatch: pytest.MonkeyPatch, says: Says) -> None:
+    """Ctrl-C before, while and after the question is noted down: earlier turns stay, this one goes."""
+    from chiasm.cli import repl
+
+    def interrupt(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    for earlier in ([], [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]):
+        for where in ("checked_question", "tell"):
+            said, shown = list(earlier), [Image.new("RGB", (4, 4))]
+            with monkeypatch.context() as patch:
+                patch.setattr(repl, where, interrupt)
+                repl._turn(says, "Why?", said, shown, {}, as_json=False, flowing=False)  # type: ignore[arg-type]
+            assert said == earlier
+            assert len(shown) == 1
+            repl._turn(says, "Why?", said, shown, {}, as_json=False, flowing=False)  # type: ignore[arg-type]
+            assert [turn["role"] for turn in said[len(earlier) :]] == ["user", "assistant"]
+            assert shown == []
+
+
 def test_file_names_in_a_conversation(tmp_path: Path) -> None:
     from chiasm.cli.repl import _file_names
 

@@ -99,21 +99,22 @@ def _turn(
     flowing: bool,
 ) -> None:
     """Answer one line; on success both sides are remembered and the pictures are part of the conversation."""
+    before = len(said)  # Ctrl-C may come before or after either side is noted down
     parts: list[dict[str, Any]] = [{"type": "image", "image": picture} for picture in shown]
     try:
         parts.append({"type": "text", "text": checked_question(line)})
         said.append({"role": "user", "content": parts})
         reply = tell(model, said, [], options, as_json=as_json, flowing=flowing)
+        said.append({"role": "assistant", "content": reply.text})
     except ChiasmError as error:
-        del said[len(said) - (1 if said and said[-1]["role"] == "user" else 0) :]
+        del said[before:]
         fail(str(error))
         return
     except KeyboardInterrupt:
-        said.pop()
+        del said[before:]
         print(file=sys.stderr)
         note("stopped; this question is forgotten")
         return
-    said.append({"role": "assistant", "content": reply.text})
     shown.clear()
 
 
