@@ -77,8 +77,39 @@ def test_which_word_is_what(picture: Path, tmp_path: Path, monkeypatch: pytest.M
     assert split_words(["a.png", "-"]) == (["a.png"], None)
     assert split_words(["x" * 5000]) == ([], "x" * 5000)
     assert split_words(["a\0b"]) == ([], "a\0b")
+    assert split_words(["phoot.jpg"]) == (["phoot.jpg"], None)
     with pytest.raises(UsageError, match="noend: no such file"):
         split_words(["noend", "Why?"])
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        "Is this the same as b.png",
+        "What is in photo.jpg",
+        "http://x/y.png what is it",
+        "what is http://x/y.png",
+        "tests",
+        "a\tb.png",
+    ],
+)
+def test_questions_that_name_pictures_or_folders(
+    question: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tests").mkdir()
+    assert split_words([question]) == ([], question)
+    assert split_words(["a.png", question]) == (["a.png"], question)
+
+
+def test_a_file_with_blanks_in_its_name_is_no_question(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("my photo.jpg", "what is this"):
+        (tmp_path / name).write_bytes(b"x")
+        assert split_words([name]) == ([name], None)
+        assert split_words([name, "Why?"]) == ([name], "Why?")
 
 
 # --- drawing --------------------------------------------------------------------------------------------------

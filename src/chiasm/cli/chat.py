@@ -1,7 +1,7 @@
 """``chiasm chat [IMAGE ...] "question"``: ask about pictures.
 
-Which word is what: the last one is the question unless it names a file or ends like a picture's name; all before it
-are pictures. So a mistyped ``phoot.jpg`` is a missing file and never a question.
+Which word is what: the last one is the question unless it names a file or, without white space, ends like a picture's
+name; all before it are pictures. So a mistyped ``phoot.jpg`` is a missing file, and "What is in photo.jpg" a question.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def split_words(words: list[str]) -> tuple[list[str], str | None]:
         return [], None
     *front, last = words
     question: str | None = None
-    if last != "-" and not _is_picture(last):
+    if last != "-" and _is_question(last):
         question = checked_question(last)
     pictures = front if last == "-" or question is not None else [*front, last]
     for word in pictures:
@@ -148,18 +148,37 @@ def split_words(words: list[str]) -> tuple[list[str], str | None]:
     return pictures, question
 
 
+def _is_question(word: str) -> bool:
+    """Whether the last word is the question: no file, and either white space in it or nothing like a picture's name.
+
+    A folder's name is a question too, for no folder is a picture; pipes are files here.
+    """
+    try:
+        path = Path(word)
+        if path.exists() and not path.is_dir():
+            return False
+    except (OSError, ValueError):  # too long or impossible for a name
+        pass
+    return any(c.isspace() for c in word) or not _looks_like_picture(word)
+
+
 def _is_picture(word: str) -> bool:
-    """Whether a word is meant as a picture: a URL, something that exists, or by its ending."""
+    """Whether a word in front is meant as a picture: something that exists, a URL, or by its ending."""
+    if _looks_like_picture(word):
+        return True
+    try:
+        return Path(word).exists()
+    except (OSError, ValueError):
+        return False
+
+
+def _looks_like_picture(word: str) -> bool:
+    """Whether a word is a URL or ends like a picture's name."""
     from chiasm.media.fetch import is_url
 
     if is_url(word):
         return not any(c.isspace() for c in word)
-    if Path(word).suffix.lower() in IMAGE_SUFFIXES:
-        return True
-    try:
-        return Path(word).exists()
-    except (OSError, ValueError):  # too long or impossible for a name: it is a question
-        return False
+    return Path(word).suffix.lower() in IMAGE_SUFFIXES
 
 
 def checked_question(text: str) -> str:
