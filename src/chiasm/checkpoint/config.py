@@ -27,7 +27,7 @@ from chiasm.checkpoint.hf import (
 from chiasm.checkpoint.original import AUTO_MAP, TOP_DEFAULTS, complete_vision
 from chiasm.checkpoint.store import CONFIG, read_json
 from chiasm.errors import CheckpointError, ConfigError
-from chiasm.parts.language.config import FAMILIES, LanguageConfig
+from chiasm.parts.language.config import FAMILIES, LanguageConfig, refuse_unsupported
 from chiasm.parts.vision.internvit import InternViTConfig
 
 __all__ = ["InternVLPublicConfig", "is_internvl", "language_from_public", "read_config"]
@@ -247,6 +247,9 @@ class InternVLPublicConfig:
         Args:
             tie_words: overrides what the file says, for callers that have looked at the tensors.
         """
+        # Keys that one layout alone has were set aside, but some would change the function.
+        for aside in (self.original_extras.get("llm_config"), self.hf_extras.get("text_config")):
+            refuse_unsupported({**(aside or {}), **self.llm})
         return language_from_public(self.llm, tie_words=self.tie_words if tie_words is None else tie_words)
 
     @classmethod
@@ -415,11 +418,11 @@ def language_from_public(config: Mapping[str, Any], *, tie_words: bool | None = 
         tie_words: overrides the config's own flag.
 
     Raises:
-        ConfigError: the family is not supported, or a value is out of range.
+        ConfigError: the family or a setting is not supported, or a value is out of range.
     """
     _check_language(config)
     kind = config.get("model_type") or _model_type(config.get("architectures"))
-    config = {key: value for key, value in config.items() if key != "architectures"} | {"model_type": kind}
+    config = {**config, "model_type": kind}
     filled = LANGUAGE_DEFAULTS.get(str(kind), {}) | {k: v for k, v in config.items() if v is not None}
     if tie_words is not None:
         filled["tie_word_embeddings"] = tie_words

@@ -2,11 +2,14 @@
 
 Source: the `config.json` of Qwen2/2.5 and Llama checkpoints (and `llm_config` / `text_config` inside InternVL's).
 A family is a preset of few facts (which bias, which name); everything else is plain numbers. Unknown keys of a
-public config are ignored here and kept by the checkpoint layer for writing back.
+public config are ignored here and kept by the checkpoint layer for writing back; keys that would change the function
+to one that the decoder does not compute are refused by name.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,6 +21,76 @@ FAMILIES = {
     "llama": ("LlamaForCausalLM", "llama"),
 }
 """family -> (architectures[0], model_type) of the public config."""
+
+_CONVERTED = {"InternLM2ForCausalLM": "llama", "InternLM3ForCausalLM": "llama"}
+"""Architectures that converted files still name although their model_type, which readers obey, is another."""
+
+
+def refuse_unsupported(config: Mapping[str, Any]) -> None:
+    """Raise ConfigError, naming the key, for a setting of a public config that changes what a decoder computes.
+
+    The blocks here are full attention with SwiGLU, rotary positions over the whole head and biases on q, k and v
+    alone; ``architectures[0]`` must agree with ``model_type``. Absent and null keys are fine.
+    """
+    _agree(config)
+
+    def refuse(key: str, needed: str) -> None:
+        raise ConfigError(f"language config {key} is {config[key]!r}: only {needed} is supported")
+
+    if config.get("hidden_act") not in (None, "silu"):
+        refuse("hidden_act", "'silu'")
+    if config.get(
+        "use_sliding_window"
+    ):  # the width alone (sliding_window) is in every Qwen2 file and switches nothing
+        refuse("use_sliding_window", "false")
+    layers = config.get("layer_types")
+    if layers is not None and not (
+        isinstance(layers, list) and all(kind == "full_attention" for kind in layers)
+    ):
+        refuse("layer_types", "'full_attention' in every layer")
+    if config.get("mlp_bias"):
+        refuse("mlp_bias", "false")
+    # The public class of Llama gives the output projection a bias too, which the block has no place for; that of
+    # Qwen2 does not read this key.
+    if config.get("attention_bias") and _kind(config) == "llama":
+        refuse("attention_bias", "false in a Llama")
+    rope = config.get("rope_parameters")
+    for where in (config, rope if isinstance(rope, Mapping) else {}):
+        if where.get("partial_rotary_factor") not in (None, 1):
+            found = where["partial_rotary_factor"]
+            raise ConfigError(f"language config partial_rotary_factor is {found!r}: only 1 is supported")
+
+
+def _architecture(config: Mapping[str, Any]) -> str | None:
+    named = config.get("architectures")
+    return str(named[0]) if isinstance(named, list) and named and named[0] is not None else None
+
+
+def _kind(config: Mapping[str, Any]) -> str | None:
+    """The ``model_type``; where the file has none, that of its architecture."""
+    stated = config.get("model_type")
+    if stated is not None:
+        return str(stated)
+    architecture = _architecture(config)
+    return next((kind for name, kind in FAMILIES.values() if name == architecture), None)
+
+
+def _agree(config: Mapping[str, Any]) -> None:
+    """Raise ConfigError where the architecture is not one of the model_type's (any head of it is)."""
+    architecture, kind = _architecture(config), _kind(config)
+    known = {name: of for name, of in FAMILIES.values()}
+    if architecture is None or _CONVERTED.get(architecture) == kind:
+        return
+    message = (
+        f"language config architectures[0] is {architecture!r} but model_type {kind!r}: correct one of them"
+    )
+    for name, of in known.items():
+        if kind == of and not re.match(
+            name.removesuffix("ForCausalLM") + r"(Model|For\w+)$", architecture, re.I
+        ):
+            raise ConfigError(message)
+    if kind != known.get(architecture, kind):
+        raise ConfigError(message)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,19 +148,13 @@ class LanguageConfig:
     def from_public(cls, config: dict[str, Any]) -> LanguageConfig:
         """From a transformers-style config dict (either generation of its rotary keys).
 
-        Raises ConfigError naming the unsupported architecture or the missing key.
+        Raises ConfigError naming the unsupported architecture or setting, or the missing key.
         """
-        architecture = (config.get("architectures") or [None])[0]
-        family = next(
-            (
-                f
-                for f, (arch, kind) in FAMILIES.items()
-                if architecture == arch or config.get("model_type") == kind
-            ),
-            None,
-        )
+        refuse_unsupported(config)
+        architecture, stated = _architecture(config), _kind(config)
+        family = next((f for f, (_, kind) in FAMILIES.items() if kind == stated), None)
         if family is None:
-            found = architecture or config.get("model_type")
+            found = architecture or stated
             supported = ", ".join(arch for arch, _ in FAMILIES.values())
             raise ConfigError(f"language model {found!r} is not supported; supported: {supported}")
         try:
@@ -117,7 +184,7 @@ class LanguageConfig:
             )
         except KeyError as missing:
             raise ConfigError(
-                f"language config of {architecture} lacks the key {missing.args[0]!r}"
+                f"language config of {architecture or stated} lacks the key {missing.args[0]!r}"
             ) from None
 
     def to_public(self) -> dict[str, Any]:
