@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
-from tests.cli.conftest import Run, read_lines
+from tests.cli.conftest import Run, read_lines, write_internvl
 
 import chiasm
 from chiasm.cli import chat as chat_module
 from chiasm.cli.chat import split_words
 from chiasm.errors import UsageError
 from chiasm.media.boxes import parse_boxes
+from chiasm.media.tiles import Mode
 from chiasm.model.chat import Reply
 
 ASK = "What is this?"
@@ -53,6 +57,70 @@ def test_options_reach_the_model(run: Run, tiny: Path, picture: Path) -> None:
     words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value)]
     sampled = run("chat", picture, ASK, "--model", tiny, *SHORT, *words)
     assert sampled.out == model.chat(ASK, [picture], max_new_tokens=6, **options).text + "\n"
+
+
+@pytest.fixture(scope="module")
+def sideways(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A wide JPEG that its EXIF block turns upright to a tall one, and the same without that block."""
+    folder = tmp_path_factory.mktemp("sideways")
+    noise = np.random.default_rng(1).integers(0, 256, (40, 90, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(noise).save(folder / "turned.jpg", exif=exif)
+    Image.fromarray(noise).save(folder / "stored.jpg")
+    return folder / "turned.jpg", folder / "stored.jpg"
+
+
+@pytest.mark.parametrize("mode", ["original", "hf"])
+def test_the_released_pipelines_take_pictures_as_stored(
+    run: Run, tiny: Path, sideways: tuple[Path, Path], mode: str, tmp_path: Path
+) -> None:
+    turned, stored = sideways
+    sizes = {}
+    for given in ([], ["--tile-mode", "chiasm"], ["--tile-mode", mode]):
+        out = tmp_path / "drawn.png"
+        assert run("chat", turned, ASK, "--model", tiny, *SHORT, *given, "--draw", out).code == 0
+        with Image.open(out) as drawn:
+            sizes[" ".join(given)] = drawn.size
+    assert sizes == {"": (40, 90), "--tile-mode chiasm": (40, 90), f"--tile-mode {mode}": (90, 40)}
+
+    def tiles(picture: Path, **options: str) -> torch.Tensor:
+        return chiasm.load(tiny, **options).inputs(ASK, [picture]).tiles
+
+    assert torch.equal(tiles(turned, mode=mode), tiles(stored))
+    assert not torch.equal(tiles(turned), tiles(stored))
+
+
+def test_the_tile_mode_reaches_the_model(run: Run, tiny: Path, picture: Path) -> None:
+    """Two pictures share the budget of three tiles, but not in mode hf."""
+
+    def tiles(*options: object) -> int:
+        ran = run(
+            "chat", picture, picture, ASK, "--model", tiny, "--json", *SHORT, "--max-tiles", 3, *options
+        )
+        return json.loads(ran.out)["usage"]["tiles"]
+
+    assert [tiles(), tiles("--tile-mode", "original"), tiles("--tile-mode", "hf")] == [2, 2, 6]
+
+
+def test_tile_modes_are_those_of_the_policy() -> None:
+    assert tuple(mode.value for mode in chat_module.TileMode) == get_args(Mode)
+
+
+def test_tile_modes_that_cannot_be(run: Run, tiny: Path, picture: Path) -> None:
+    ran = run("chat", picture, ASK, "--model", tiny, "--tile-mode", "square")
+    assert ran.code == 2
+    assert "'square' is not one of" in ran.error_line
+    ran = run("chat", picture, ASK, "--tile-mode", "original")
+    assert ran.code == 2
+    assert "option 'mode' is not known for this model, which does not cut pictures" in ran.error_line
+
+
+def test_mode_hf_needs_a_thumbnail(run: Run, picture: Path, tmp_path: Path) -> None:
+    folder = write_internvl(tmp_path / "bare", use_thumbnail=False)
+    ran = run("chat", picture, ASK, "--model", folder, "--tile-mode", "hf")
+    assert "mode hf always has a thumbnail" in ran.error_line
+    assert run("chat", picture, ASK, "--model", folder, "--tile-mode", "original", *SHORT).code == 0
 
 
 def test_several_pictures_and_data_urls(run: Run, tiny: Path, picture: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,7 +22,15 @@ if TYPE_CHECKING:
 
     from chiasm.model.chat import ChatModel, Reply
 
-__all__ = ["IMAGE_SUFFIXES", "chat_command", "load_model", "open_pictures", "split_words", "tell"]
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "TileMode",
+    "chat_command",
+    "load_model",
+    "open_pictures",
+    "split_words",
+    "tell",
+]
 
 IMAGE_SUFFIXES = frozenset(
     [
@@ -31,6 +40,14 @@ IMAGE_SUFFIXES = frozenset(
     ]
 )
 """Endings by which a word is taken for a picture, readable or not."""
+
+
+class TileMode(StrEnum):
+    """The modes of `chiasm.media.tiles`, whose import would be paid for by every command's help."""
+
+    CHIASM = "chiasm"
+    ORIGINAL = "original"
+    HF = "hf"
 
 
 def chat_command(
@@ -68,6 +85,14 @@ def chat_command(
         str | None, typer.Option(metavar="NAME", help="Chat template, see chiasm list.")
     ] = None,
     max_tiles: Annotated[int | None, typer.Option(help="Most tiles that pictures are cut into.")] = None,
+    tile_mode: Annotated[
+        TileMode | None,
+        typer.Option(
+            metavar="MODE",
+            help="How pictures are cut: chiasm (default) turns them upright by EXIF first; original and hf take them "
+            "as stored, like the released pipelines, and with hf each may have --max-tiles.",
+        ),
+    ] = None,
     dtype: Annotated[
         str | None, typer.Option(metavar="NAME", help="float32, bfloat16, float16; default: as stored.")
     ] = None,
@@ -102,7 +127,9 @@ def chat_command(
         "seed": seed,
         "stop": tuple(stop or ()),
     }
-    pictures = open_pictures(given)
+    mode = None if tile_mode is None else tile_mode.value
+    # Known before the model is: a picture from a pipe cannot be opened a second time.
+    pictures = open_pictures(given, orient=mode in (None, "chiasm"))
     chosen = load_model(
         model,
         options,
@@ -112,8 +139,8 @@ def chat_command(
         system=system,
         template=template,
         max_tiles=max_tiles,
+        mode=mode,
     )
-    pictures = _as_model_opens(chosen, given, pictures)
     flowing = not as_json and (sys.stdout.isatty() if stream is None else stream)
     if interactive:
         from chiasm.cli.repl import converse
@@ -213,20 +240,16 @@ def read_question() -> str:
     return text.removesuffix("\n").removesuffix("\r")
 
 
-def open_pictures(given: list[str]) -> list[Image]:
-    """Open all pictures, upright, before any model is loaded: what is wrong with them is known at once."""
+def open_pictures(given: list[str], *, orient: bool = True) -> list[Image]:
+    """Open all pictures before any model is loaded: what is wrong with them is known at once.
+
+    Args:
+        given: files and URLs.
+        orient: turn them upright by EXIF; must be what the model's tile policy says.
+    """
     from chiasm.media.image import open_image
 
-    return [open_image(word) for word in given]
-
-
-def _as_model_opens(model: ChatModel, given: list[str], pictures: list[Image]) -> list[Image]:
-    """The pictures as this model wants them: some take them as stored, not turned upright."""
-    if model.spec.tiles.orient:
-        return pictures
-    from chiasm.media.image import open_image
-
-    return [open_image(word, orient=False, on_note=lambda _: None) for word in given]
+    return [open_image(word, orient=orient) for word in given]
 
 
 def load_model(name: str, options: dict[str, Any], **given: Any) -> ChatModel:
