@@ -29,11 +29,12 @@ from PIL.Image import Image
 from torch import Tensor
 
 from chiasm.data.message import Part, Turn, parse_messages, spell_turn
-from chiasm.data.sequence import IGNORE, IMAGE, TEXT, MediaBatch, Sequence, Span
+from chiasm.data.sequence import IMAGE, TEXT, MediaBatch, Sequence, Span
 from chiasm.errors import ConfigError, ContextOverflowError, DataError, TemplateError
 from chiasm.media.image import open_image
 from chiasm.media.size import image_size
 from chiasm.media.tiles import TilePolicy
+from chiasm.nn.losses import token_weights
 from chiasm.text.labels import encode_pieces, official_labels, shift
 from chiasm.text.templates import Piece, Template, get_template, join
 from chiasm.text.tokenizer import Tokenizer
@@ -169,14 +170,14 @@ def layout(
     for span in spans:
         kind_T[span.start : span.start + span.length] = IMAGE
     labels_T = weight_T = None
+    doc_T = torch.zeros(T, dtype=torch.int32)
     if train:
         labels_T = torch.tensor(shift(official_labels(rows.ids, rows.learned)), dtype=torch.int64)
-        learned_T = labels_T != IGNORE
-        weight_T = learned_T.float() * float(learned_T.sum()) ** -spec.loss_power
+        weight_T = token_weights(labels_T, doc_T, spec.loss_power)
     return Sequence(
         ids_T=torch.tensor(rows.ids, dtype=torch.int64),
         kind_T=kind_T,
-        doc_T=torch.zeros(T, dtype=torch.int32),
+        doc_T=doc_T,
         pos_T=torch.arange(T, dtype=torch.float32),
         labels_T=labels_T,
         weight_T=weight_T,

@@ -17,10 +17,21 @@ from torch import Tensor
 
 from chiasm.errors import DataError
 from chiasm.nn.attention import Segments
+from chiasm.nn.losses import IGNORE
+
+__all__ = [
+    "CODES",
+    "IGNORE",
+    "IMAGE",
+    "POINTS",
+    "TEXT",
+    "VIDEO",
+    "MediaBatch",
+    "Sequence",
+    "Span",
+]
 
 TEXT, IMAGE, VIDEO, POINTS, CODES = range(5)
-IGNORE = -100
-"""Label of a position that predicts nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
