@@ -3,8 +3,8 @@
 Random weights in the shape of InternVL2.5-1B (InternViT-300M, Qwen2-0.5B, vocabulary 151,674), bf16, one thread,
 batch 1, greedy. Both models share every weight in memory. The prompt has 290 rows: all of them text where prefill
 and decoding are measured (what a row stands for makes no difference to the decoder), 256 of one picture tile and 34
-of text where the first token is. Times are read where a token comes out of each loop (`Decoding.step`, a streamer of `generate`): the first
-token ends the prefill, each of the 32 others is one decoding step.
+of text where the first token is. Times are read where a token comes out of each loop (`Decoding.step`, a streamer of
+`generate`): the first token ends the prefill, each of the 32 others is one decoding step.
 
 Run `python benchmarks/inference.py` to see the table, with `--write` to publish it; `--toy` tries the script out.
 """
