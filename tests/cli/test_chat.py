@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import SimpleNamespace
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -84,7 +84,7 @@ def test_the_released_pipelines_take_pictures_as_stored(
             sizes[" ".join(given)] = drawn.size
     assert sizes == {"": (40, 90), "--tile-mode chiasm": (40, 90), f"--tile-mode {mode}": (90, 40)}
 
-    def tiles(picture: Path, **options: str) -> torch.Tensor:
+    def tiles(picture: Path, **options: Any) -> torch.Tensor:
         return chiasm.load(tiny, **options).inputs(ASK, [picture]).tiles
 
     assert torch.equal(tiles(turned, mode=mode), tiles(stored))
