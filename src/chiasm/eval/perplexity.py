@@ -186,7 +186,7 @@ def window_nll(model: CausalVLM, ids_WL: Tensor, *, chunk: int = 256) -> list[fl
     W, L = ids_WL.shape
     packed = Rows.pack([Rows.of_text(row) for row in ids_WL.tolist()]).to(model.device)
     hidden_WLC = model.hidden(packed).view(W, L, -1)
-    weight_VC = model.head.weight
+    weight_VC = model.head.weight[: model.head.used]  # pyright: ignore[reportIndexIssue]  # padding is no word
     ones_T = torch.ones(L - 1, device=hidden_WLC.device)
     losses = []
     for hidden_LC, ids_L in zip(hidden_WLC, ids_WL.to(hidden_WLC.device), strict=True):

@@ -1,6 +1,6 @@
 """TextHead: logits over the vocabulary, the next-token loss that never materialises them all, one step of writing.
 
-Legend: T rows, C width, N documents (one row each), V vocabulary.
+Legend: T rows, C width, N documents (one row each), V rows of the vocabulary, U of them in use.
 """
 
 from __future__ import annotations
@@ -16,15 +16,21 @@ from chiasm.parts.contracts import Emission, LossPart, LossParts, ModelCache, Pi
 
 
 class TextHead(nn.Module):
-    """One (V, C) matrix; `weight` may be the word table's own parameter (tied)."""
+    """One (V, C) matrix; `weight` may be the word table's own parameter (tied).
+
+    Public models round their tables up to a size that hardware likes. The rows after the tokenizer's last id are
+    padding: no token is written from them and they are no logits, but training sees them, as their makers' did.
+    """
 
     def __init__(self, vocab_size: int, width: int, *, tied: nn.Parameter | None = None) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, width)) if tied is None else tied
+        self.used: int | None = None
+        """Leading rows that tokens have (U); None means all. Loaders set it from the tokenizer."""
 
     def logits(self, hidden_NC: Tensor) -> Tensor:
-        """(N, C) -> (N, V) float32."""
-        return F.linear(hidden_NC, self.weight).float()
+        """(N, C) -> (N, U) float32."""
+        return F.linear(hidden_NC, self.weight[: self.used]).float()
 
     def loss(
         self, hidden_TC: Tensor, sequence: Sequence, features: dict[str, Tensor] | None = None

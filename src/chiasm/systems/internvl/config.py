@@ -22,7 +22,8 @@ class InternVLConfig:
         downsample: unshuffle ratio s; a tile of P patches becomes P·s² tokens of width C_vision / s².
         unshuffle: "v2" (all 2.x releases) or "v1" (the oldest; grid axes transposed).
         select_layer: which encoder layer is read (-1 is the last).
-        template: name in `chiasm.text.templates.TEMPLATES`. system: overrides its system message ("" for none).
+        template: name in `chiasm.text.templates.TEMPLATES`; None where the checkpoint names none.
+        system: overrides the template's system message ("" for none).
         tiles: how an image becomes tiles.
     """
 
@@ -32,7 +33,7 @@ class InternVLConfig:
     downsample: float = 0.5
     unshuffle: Literal["v1", "v2"] = "v2"
     select_layer: int = -1
-    template: str = "internvl2_5"
+    template: str | None = "internvl2_5"
     system: str | None = None
 
     def __post_init__(self) -> None:

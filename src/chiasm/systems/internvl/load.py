@@ -15,9 +15,11 @@ import torch
 from chiasm.checkpoint.adapters import OpenedCheckpoint, load_into, open_checkpoint
 from chiasm.checkpoint.config import InternVLPublicConfig
 from chiasm.checkpoint.preprocess import read_tile_policy
+from chiasm.checkpoint.store import CONFIG
+from chiasm.checkpoint.vocab import check_rows
 from chiasm.data.layout import LayoutSpec
 from chiasm.data.sequence import Sequence
-from chiasm.errors import ConfigError, UsageError
+from chiasm.errors import ConfigError, TemplateError, UsageError
 from chiasm.media.tiles import TilePolicy
 from chiasm.model.causal import CausalVLM
 from chiasm.model.chat import ChatModel
@@ -71,7 +73,7 @@ def resolve_dtype(dtype: str | torch.dtype | None, stored: str | None = None) ->
 def config_from_public(
     public: InternVLPublicConfig, policy: TilePolicy, *, tie_words: bool
 ) -> InternVLConfig:
-    """The native config of a public one; only the original layout names a template."""
+    """The native config of a public one; its template is None where an original config names none."""
     return InternVLConfig(
         vision=public.vision_config(),
         language=public.language_config(tie_words=tie_words),
@@ -79,7 +81,7 @@ def config_from_public(
         downsample=public.downsample_ratio,
         unshuffle=public.ps_version,  # type: ignore[arg-type]
         select_layer=public.select_layer,
-        template=public.template or "internvl-hf",
+        template=public.template or None,
         system=public.system_message,
     )
 
@@ -102,7 +104,8 @@ def load_folder(
         tiles: fields of `TilePolicy` to override, for instance `max_tiles=6`, `resize="fast"`.
 
     Raises:
-        CheckpointError, ConfigError, TemplateError: one line that names the file, key or field.
+        CheckpointError, ConfigError, TemplateError: one line that names the file, key or field (a tokenizer with
+            ids beyond the word table is among them).
     """
     opened = open_checkpoint(folder)
     with opened.reader:
@@ -111,9 +114,16 @@ def load_folder(
             return _load_language(opened, tokenizer, dtype, device, template, system, deterministic)
         policy = replace(read_tile_policy(folder, opened.public, opened.layout), **tiles)  # type: ignore[arg-type]
         config = config_from_public(opened.public, policy, tie_words=opened.language.tie_words)
+        used = check_rows(tokenizer, config.language.vocab_size)
+        chosen = template or config.template
+        if chosen is None:
+            # A guess would answer, only worse: the releases differ in their turns and system messages.
+            raise TemplateError(
+                f"{Path(folder) / CONFIG} names no template: pass template=/--template (internvl2_5 for InternVL 2.5)"
+            )
         spec = LayoutSpec(
             tokenizer=tokenizer,
-            template=get_template(template or config.template),
+            template=get_template(chosen),
             tiles=config.tiles,
             tokens_per_tile=config.tokens_per_tile,
             max_length=config.language.max_positions,
@@ -121,6 +131,7 @@ def load_folder(
         )
         with torch.device("meta"):
             model = build_internvl(config)
+        _only_words(model, used)
         load_into(
             model,
             opened.reader,
@@ -129,6 +140,11 @@ def load_folder(
             device=device,
         )
     return ChatModel(model, spec, name=Path(folder).name, deterministic=deterministic)
+
+
+def _only_words(model: CausalVLM, used: int) -> None:
+    """Keep the padding rows after the tokenizer's `used` ids from being written."""
+    model.head.used = used  # type: ignore[assignment]
 
 
 def _load_language(
@@ -141,8 +157,10 @@ def _load_language(
     deterministic: bool,
 ) -> ChatModel:
     config = opened.reader.config
+    used = check_rows(tokenizer, opened.language.vocab_size)
     with torch.device("meta"):
         model = build_language_model(opened.language)
+    _only_words(model, used)
     stored = config.get("dtype") or config.get("torch_dtype")
     load_into(model, opened.reader, opened.adapter, dtype=resolve_dtype(dtype, stored), device=device)
     spec = LayoutSpec(
