@@ -134,7 +134,7 @@ def test_results_of_other_weights_are_not_mixed_in(small, bundle, tmp_path):
     evaluate(str(bundle), perplexity=True, out=tmp_path / "o", device="cpu")
     config, _ = mini.read_bundle(bundle)
     model, _ = mini.build_mini(config, seed=2)
-    mini.save_bundle(mini.trained_state(model), config, bundle)
+    mini.save_bundle(mini.trained_state(model), config, bundle, force=True)
     result = evaluate(str(bundle), families=["counting"], n=5, split="dev", out=tmp_path / "o", device="cpu")
     assert "perplexity" not in result
 

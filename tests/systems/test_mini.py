@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -70,3 +72,64 @@ def test_a_saved_bundle_answers_like_the_model_in_memory(tmp_path: Path) -> None
 def test_a_damaged_bundle_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"config\.json"):
         load_mini(tmp_path)
+    whole = tmp_path / "bundle"
+    save_bundle({"embedder.connect.norm.weight": torch.ones(300)}, MiniConfig(), whole)
+    config, weights = whole / "config.json", whole / "model.safetensors"
+    text, data = config.read_text(), weights.read_bytes()
+    assert read_bundle(whole)[0] == MiniConfig()
+
+    def refused(match: str) -> None:
+        with pytest.raises(CheckpointError, match=match) as caught:
+            load_mini(whole)
+        assert "\n" not in str(caught.value)
+
+    for change, match in (
+        ({"lora": None}, r"config\.json is not"),
+        ({"lora": {"rank": "4", "alpha": 8, "targets": []}}, "lora_rank is '4'"),
+        ({"lora": {"rank": 4, "alpha": 8, "targets": [1]}}, "lora_targets"),
+        ({"lora": {"rank": 4, "alpha": 8}}, "lacks 'targets'"),
+        ({"vision_config": []}, r"config\.json is not"),
+        ({"template": None}, "template is None"),
+        ({"max_length": 0}, "max_length is 0"),
+    ):
+        config.write_text(json.dumps(json.loads(text) | change))
+        refused(match)
+    for broken in ("[]", "{", "{}", ""):
+        config.write_text(broken)
+        refused(r"config\.json")
+    config.write_text(text)
+    for damaged in (data[:4], data[:40], data[:-10], b"\xff" * len(data)):
+        weights.write_bytes(damaged)
+        refused(r"model\.safetensors")
+    weights.unlink()
+    refused(r"model\.safetensors")
+
+
+def test_a_bundle_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    folder = tmp_path / "bundle"
+    save_bundle({"a": torch.zeros(3)}, MiniConfig(), folder, {"run": "first"})
+    (folder / "README.md").write_text("about the first")
+    with pytest.raises(CheckpointError, match="force"):
+        save_bundle({"a": torch.ones(3)}, MiniConfig(), folder)
+
+    def torn() -> Iterator[tuple[str, torch.Tensor]]:
+        yield "a", torch.ones(3)
+        raise KeyboardInterrupt
+
+    class Torn(dict):
+        def items(self) -> Iterator[tuple[str, torch.Tensor]]:  # type: ignore[override]
+            return torn()
+
+    with pytest.raises(KeyboardInterrupt):
+        save_bundle(Torn(), MiniConfig(), folder, force=True)
+    assert torch.equal(read_bundle(folder)[1]["a"].float(), torch.zeros(3))
+    assert (folder / "README.md").exists()
+    size = save_bundle({"a": torch.ones(3)}, MiniConfig(lora_rank=2), folder, force=True)
+    assert size == (folder / "model.safetensors").stat().st_size
+    config, state = read_bundle(folder)
+    assert (config.lora_rank, state["a"].dtype, sorted(p.name for p in tmp_path.iterdir())) == (
+        2,
+        torch.bfloat16,
+        ["bundle"],
+    )
+    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]

