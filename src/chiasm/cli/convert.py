@@ -82,7 +82,7 @@ def _bundle(src: Path, dst: Path, *, force: bool) -> dict[str, Any]:
     from chiasm.cli.train import find_recipe
     from chiasm.systems.internvl.mini import save_bundle
     from chiasm.systems.internvl.recipes import MiniModel
-    from chiasm.train.recipe import apply_overrides
+    from chiasm.train.recipe import apply_overrides, difference, resolved
     from chiasm.train.run import RunFolder
 
     run = RunFolder.open(src)
@@ -90,6 +90,13 @@ def _bundle(src: Path, dst: Path, *, force: bool) -> dict[str, Any]:
     model = apply_overrides(find_recipe(info["reference"])(), info["overrides"]).model
     if not isinstance(model, MiniModel):
         raise UsageError(f"{src} is a run of {info['reference']}: a bundle is made from internvl/mini_sft")
+    # The weights are those of the model that was trained; a recipe or default that has changed since would describe
+    # another. Data and optimiser are not compared: they leave no trace in what is written.
+    changed = difference(info["recipe"].get("model"), resolved(model), "model")
+    if changed:
+        raise UsageError(
+            f"{src} trained another model than its recipe now describes ({changed[0]}): train it again"
+        )
     if dst.exists() and not force:
         raise UsageError(f"{dst} exists: choose another folder, or --force to replace it")
     checkpoint = run.load()
