@@ -118,7 +118,7 @@ def test_the_bundled_model_takes_any_limit_of_tiles(
 
 def test_a_bundle_is_told_by_its_config(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "chiasm-mini"}))
-    with pytest.raises(CheckpointError, match="not a whole chiasm-mini bundle"):
+    with pytest.raises(CheckpointError, match="not that of a whole chiasm-mini bundle"):
         hub.load(tmp_path)
 
 
