@@ -77,7 +77,7 @@ def test_rows_that_nobody_wrote_are_zero() -> None:
             assert not buffer[1, :, cache.lengths[1] :].any()
 
 
-def test_keep_drops_documents_and_crop_forgets() -> None:
+def test_keep_drops_documents() -> None:
     cache = KVCache(1, 3)
     x = rows(6, 2, 0)
     segments = Segments.of([1, 2, 3])
@@ -87,8 +87,6 @@ def test_keep_drops_documents_and_crop_forgets() -> None:
     cache.keep([2, 0])
     assert cache.lengths == [3, 1]
     assert torch.equal(cache._k[0][0, :, :3], third)
-    cache.crop(0, 1)
-    assert cache.lengths == [1, 1]
 
 
 def test_gradients_equal_the_dense_mask() -> None:

@@ -123,10 +123,6 @@ class KVCache:
                     buffers[layer] = x[torch.tensor(slots, device=x.device)]
         self.lengths = [self.lengths[s] for s in slots]
 
-    def crop(self, slot: int, length: int) -> None:
-        """Forget everything of `slot` behind its first `length` tokens."""
-        self.lengths[slot] = min(self.lengths[slot], length)
-
     def _buffers(self, layer: int, need: int, like: Tensor) -> tuple[Tensor, Tensor]:
         k, v = self._k[layer], self._v[layer]
         if k is None or v is None or k.shape[2] < need:
