@@ -9,17 +9,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers
 
+from chiasm.checkpoint.vocab import SPECIAL_TOKENS
 from chiasm.data.layout import layout
 from chiasm.data.sequence import IGNORE, Sequence
 from chiasm.errors import ConfigError
 from chiasm.model.generate import generate
 from chiasm.systems.internvl.recipes import debug, layout_of, mini_sft
+from chiasm.text.tokenizer import Tokenizer, byte_alphabet
 from chiasm.train.data import generator
 from chiasm.train.progress import Progress
 from chiasm.train.recipe import apply_overrides
 from chiasm.train.run import RunFolder, environment
-from chiasm.train.sft import ChatSource, answer_hits, slow_document
+from chiasm.train.sft import ChatSource, answer_hits, slow_document, spell_answer
 from chiasm.train.trainer import Trainer, build_parts
 
 GOLDEN = Path(__file__).with_name("golden_debug.json")
@@ -77,6 +81,68 @@ def test_without_jitter_pictures_stay_as_they_are(parts):
     plain = ChatSource(source.worlds, {}, source.weights, source.spec, mirrored=("counting",), jitter=False)
     row = plain.fetch([("counting", 4)], generator(0))
     same(row, slow_document(source.worlds["counting"].sample(4), source.spec))
+
+
+def merged(spec, *pairs: str):
+    """The layout with a byte-level vocabulary that joins these pairs of letters."""
+    alphabet = {character: byte for byte, character in byte_alphabet().items()}
+    vocabulary = alphabet | {pair: 256 + n for n, pair in enumerate(pairs)}
+    backend = Backend(models.BPE(vocab=vocabulary, merges=[tuple(pair) for pair in pairs]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = Tokenizer(backend)
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>", *SPECIAL_TOKENS])
+    return replace(spec, tokenizer=tokenizer)
+
+
+def test_a_spelled_answer_is_the_same_text_in_single_letters(parts):
+    spec = merged(parts[0].spec, "th", "re")
+    sample = replace(parts[0].worlds["counting"].sample(0), answer="three")
+    row = slow_document(sample, spec)
+    spelled = spell_answer(row, spec.tokenizer, spec.loss_power)
+    assert (row.labels_T != IGNORE).sum() == 4  # th re e <|im_end|>
+    assert (spelled.labels_T != IGNORE).sum() == 6
+    assert len(spelled) == len(row) + 2
+    decode = spec.tokenizer.decode
+    assert decode(spelled.ids_T.tolist(), skip_special_tokens=False) == decode(
+        row.ids_T.tolist(), skip_special_tokens=False
+    )
+    learned = (spelled.labels_T != IGNORE).nonzero().flatten()
+    assert torch.equal(spelled.ids_T[learned + 1], spelled.labels_T[learned])
+    assert decode(spelled.labels_T[learned].tolist(), skip_special_tokens=False) == "three<|im_end|>"
+    assert float(spelled.weight_T.sum()) == pytest.approx(1.0)
+    assert torch.equal(spelled.pos_T, torch.arange(len(spelled), dtype=torch.float32))
+    assert spelled.spans == row.spans
+    assert torch.equal(spelled.kind_T[: len(row)], row.kind_T)
+    # With one token a letter in the vocabulary already, spelling changes nothing.
+    plain = slow_document(sample, parts[0].spec)
+    same(spell_answer(plain, parts[0].spec.tokenizer, 1.0), plain)
+
+
+def test_only_the_chosen_families_are_spelled(parts):
+    source = parts[0]
+    sample = replace(source.worlds["counting"].sample(0), answer="three")
+    lengths = [
+        len(
+            ChatSource(
+                source.worlds, {}, source.weights, merged(source.spec, "th"), spelled=families
+            ).document(sample)
+        )
+        for families in ((), ("counting",), ("words",))
+    ]
+    assert lengths == [lengths[0], lengths[0] + 1, lengths[0]]
+
+
+def test_what_cannot_be_spelled_is_refused(parts):
+    spec = merged(parts[0].spec)
+    sample = parts[0].worlds["counting"].sample(0)
+    with pytest.raises(ConfigError, match="no single token for 'é'"):
+        spell_answer(slow_document(replace(sample, answer="thré"), spec), spec.tokenizer, 1.0)
+    two = [*sample.to_message(), {"role": "user", "content": "Again?"}, {"role": "assistant", "content": "x"}]
+    with pytest.raises(ConfigError, match="exactly one answer"):
+        spell_answer(layout(two, spec, train=True), spec.tokenizer, 1.0)
+    with pytest.raises(ConfigError, match="exactly one answer"):
+        spell_answer(layout(sample.to_message(answered=False), spec), spec.tokenizer, 1.0)
 
 
 def test_tiling_layouts_are_refused(parts):

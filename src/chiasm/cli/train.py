@@ -71,6 +71,7 @@ def train(
     run_id: str | None = None,
     device: str = "cpu",
     threads: int | None = None,
+    workers: int = 1,
     until: int | None = None,
 ) -> Path:
     """Start a recipe or resume a run; return the run folder once it is finished or was asked to stop.
@@ -82,7 +83,8 @@ def train(
         runs: folder that receives new runs.
         run_id: name of the new run.
         device: where to train.
-        threads: of PyTorch on the CPU.
+        threads: of PyTorch on the CPU, for each worker.
+        workers: micro-batches of a step that are computed at once.
         until: stop after this step, to be resumed.
 
     Raises:
@@ -105,7 +107,7 @@ def train(
     else:
         tree = apply_overrides(find_recipe(str(recipe))(), overrides)
         run = RunFolder.create(runs, tree, run_id=run_id, reference=str(recipe), overrides=tuple(overrides))
-    Trainer(tree, run, device=device).fit(until=until)
+    Trainer(tree, run, device=device, workers=workers).fit(until=until)
     return run.path
 
 
@@ -120,7 +122,10 @@ def train_command(
     runs: Annotated[Path, typer.Option(help="Folder of runs.")] = Path("runs"),
     run_id: Annotated[str | None, typer.Option("--id", help="Name of the run.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
-    threads: Annotated[int | None, typer.Option(help="CPU threads of PyTorch.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads of PyTorch, for each worker.")] = None,
+    workers: Annotated[
+        int, typer.Option(help="Micro-batches computed at once (CPU; best with --threads 1; same result).")
+    ] = 1,
     until: Annotated[int | None, typer.Option(help="Stop after this step, to be resumed.")] = None,
     seed: Annotated[int | None, typer.Option(help="Same as --set seed=N.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
@@ -135,6 +140,7 @@ def train_command(
         run_id=run_id,
         device=device,
         threads=threads,
+        workers=workers,
         until=until,
     )
     if not as_json:

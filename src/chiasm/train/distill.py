@@ -141,6 +141,7 @@ class DistillSource:
         weights: family -> share of draws.
         teacher: cached features, or None to train the supervised heads alone.
         dev_size: dev pictures per family.
+        warped: families whose pictures may be shifted and zoomed.
     """
 
     def __init__(
@@ -150,9 +151,10 @@ class DistillSource:
         weights: Mapping[str, float],
         teacher: Teacher | None,
         dev_size: int,
+        warped: Sequence[str] = ("cifar10",),
     ) -> None:
         self.worlds, self._dev_worlds, self._weights = worlds, dev, weights
-        self.teacher, self.dev_size = teacher, dev_size
+        self.teacher, self.dev_size, self.warped = teacher, dev_size, warped
 
     @property
     def sizes(self) -> Mapping[str, int]:
@@ -170,12 +172,12 @@ class DistillSource:
         return (self.teacher.map_NPD.shape[-1], self.teacher.pooled_NC.shape[-1]) if self.teacher else None
 
     def fetch(self, draws: Sequence[Draw], random: torch.Generator) -> DistillBatch:
-        """Sample, mirror (not words), shift and zoom a little (photographs and garments), jitter brightness."""
+        """Sample, mirror (not words), shift and zoom a little (``warped``), jitter brightness."""
         mirrored = (torch.rand(len(draws), generator=random) < 0.5).tolist()
         mirrored = [flip and family != "words" for flip, (family, _) in zip(mirrored, draws, strict=True)]
         batch = self._collect(self.worlds, draws, mirrored)
         images_NSS3 = mirror(batch.images_NSS3, torch.tensor(mirrored))
-        warped = torch.tensor([family in ("cifar10", "fashion") for family, _ in draws])
+        warped = torch.tensor([family in self.warped for family, _ in draws])
         return replace(batch, images_NSS3=augment(images_NSS3, warped, random))
 
     def dev(self, family: str) -> DistillBatch:
@@ -231,13 +233,15 @@ class DistillData:
     """Which worlds, how many pictures, which shares."""
 
     weights: dict[str, float] = field(
-        default_factory=lambda: {"cifar10": 0.28, "fashion": 0.28, "words": 0.32, "counting": 0.12}
+        default_factory=lambda: {"cifar10": 0.20, "fashion": 0.36, "words": 0.34, "counting": 0.10}
     )
-    words: int = 100_000
+    words: int = 250_000
     """Distinct training pictures of words; they are drawn when they are needed."""
     pseudo: float = 0.5
     """Share of made-up words among them."""
     counting: int = 100_000
+    warped: tuple[str, ...] = ("cifar10",)
+    """Families that are shifted and zoomed. Not garments: their held-out pictures are as well centred as these."""
     seed: int = 1
     """Seed of the rendered worlds; the teacher's features are for seed 1 (``worlds.distill``)."""
     teacher: str | None = "teacher.npz"
@@ -273,7 +277,7 @@ class DistillData:
             raise ConfigError(f"unknown families {sorted(unknown)}: choose among {', '.join(makers)}")
         teacher = Teacher(assets_dir(self.folder) / self.teacher) if self.teacher else None
         train, dev = ({name: makers[name](split) for name in chosen} for split in ("train", "dev"))
-        return DistillSource(train, dev, self.weights, teacher, self.dev_size)
+        return DistillSource(train, dev, self.weights, teacher, self.dev_size, self.warped)
 
 
 # --- model ----------------------------------------------------------------------------------------------------

@@ -24,17 +24,64 @@ from chiasm.data.sequence import IGNORE, MediaBatch
 from chiasm.data.sequence import Sequence as Row
 from chiasm.errors import ConfigError
 from chiasm.model.causal import CausalVLM
+from chiasm.nn.losses import token_weights
+from chiasm.text.tokenizer import Tokenizer
 from chiasm.train.augment import augment, mirror
 from chiasm.train.data import Draw, Source
 from chiasm.train.objective import Loss, Objective
 from chiasm.worlds.world import Sample, World
 
-__all__ = ["ChatSource", "Finetune", "FinetuneObjective", "answer_hits", "slow_document"]
+__all__ = ["ChatSource", "Finetune", "FinetuneObjective", "answer_hits", "slow_document", "spell_answer"]
 
 
 def slow_document(sample: Sample, spec: LayoutSpec) -> Row:
     """Return the document of one sample by the plain way: the whole conversation through ``layout``."""
     return layout(sample.to_message(), spec, train=True)
+
+
+def spell_answer(row: Row, tokenizer: Tokenizer, power: float) -> Row:
+    """Return a one-answer document whose answer is written with one token a character.
+
+    The text stays the same, only its division into tokens changes: what is learned is to read letter by letter,
+    which carries over to words that were never an answer; whole-word tokens do not.
+
+    Args:
+        row: one training document of `layout`, its answer behind all media.
+        tokenizer: the layout's.
+        power: of the layout's loss weights (`LayoutSpec.loss_power`).
+
+    Raises:
+        ConfigError: there is not exactly one answer, or the tokenizer lacks one of its characters.
+    """
+    learned = [] if row.labels_T is None else (row.labels_T != IGNORE).nonzero().flatten().tolist()
+    if not learned or learned != list(range(learned[0], learned[-1] + 1)):
+        raise ConfigError("only a document with exactly one answer can be spelled")
+    first, stop = learned[0] + 1, learned[-1] + 1  # of the answer; its last label is the stop token
+    text = tokenizer.decode(row.ids_T[first:stop].tolist())
+    letters = [tokenizer.encode(character) for character in text]
+    for character, ids in zip(text, letters, strict=True):
+        if len(ids) != 1:
+            raise ConfigError(
+                f"the tokenizer has no single token for {character!r}: it cannot spell {text!r}"
+            )
+    ids_T = torch.cat(
+        [row.ids_T[:first], torch.tensor([i for (i,) in letters], dtype=torch.int64), row.ids_T[stop:]]
+    )
+    labels_T = torch.full_like(ids_T, IGNORE)
+    end = first + len(letters)
+    labels_T[first - 1 : end] = ids_T[first : end + 1]
+    more = len(ids_T) - len(row)
+    kind_T = torch.cat([row.kind_T[:stop], row.kind_T[stop - 1 : stop].expand(more), row.kind_T[stop:]])
+    doc_T = torch.zeros(len(ids_T), dtype=row.doc_T.dtype)
+    return replace(
+        row,
+        ids_T=ids_T,
+        kind_T=kind_T,
+        doc_T=doc_T,
+        pos_T=torch.arange(len(ids_T), dtype=row.pos_T.dtype),
+        labels_T=labels_T,
+        weight_T=token_weights(labels_T, doc_T, power),
+    )
 
 
 class ChatSource:
@@ -47,6 +94,7 @@ class ChatSource:
         spec: layout of the model that will read them.
         mirrored: families whose pictures may be mirrored.
         warped: families whose pictures may be shifted and zoomed.
+        spelled: families whose answers are learned letter by letter (``spell_answer``).
         jitter: False leaves pictures as they are, whatever the two above say.
         dev_size: dev samples per family.
 
@@ -63,6 +111,7 @@ class ChatSource:
         *,
         mirrored: Sequence[str] = (),
         warped: Sequence[str] = (),
+        spelled: Sequence[str] = (),
         jitter: bool = True,
         dev_size: int = 100,
     ) -> None:
@@ -70,7 +119,8 @@ class ChatSource:
             raise ConfigError("a ChatSource shows one tile a picture: use TilePolicy(dynamic=False)")
         self.worlds, self._dev, self._weights, self.spec = worlds, dev, weights, spec
         self.mirrored, self.warped, self.jitter, self.dev_size = mirrored, warped, jitter, dev_size
-        self._texts: dict[tuple[str, str], Row] = {}
+        self.spelled = spelled
+        self._texts: dict[tuple[str, str, str], Row] = {}
 
     @property
     def sizes(self) -> Mapping[str, int]:
@@ -96,11 +146,11 @@ class ChatSource:
     def document(self, sample: Sample, image_SS3: Tensor | None = None) -> Row:
         """Return one sample as a document, with its own picture or ``image_SS3`` (uint8) in its place."""
         if sample.image.shape[0] != self.spec.tiles.image_size:
-            return slow_document(sample, self.spec)
-        key = (sample.question, sample.answer)
+            return self._spelled(sample.family, slow_document(sample, self.spec))
+        key = (sample.family, sample.question, sample.answer)
         if key not in self._texts:
             blank = replace(sample, image=np.zeros_like(sample.image))
-            row = slow_document(blank, self.spec)
+            row = self._spelled(sample.family, slow_document(blank, self.spec))
             # The blank picture's content hash must not stand for other pictures.
             self._texts[key] = replace(row, spans=tuple(replace(span, key="") for span in row.spans))
         image_SS3 = (
@@ -108,6 +158,11 @@ class ChatSource:
         )  # PIL's arrays are read-only
         tile_13SS = image_SS3.permute(2, 0, 1)[None].contiguous()
         return replace(self._texts[key], media={"image": MediaBatch(tile_13SS)})
+
+    def _spelled(self, family: str, row: Row) -> Row:
+        if family not in self.spelled:
+            return row
+        return spell_answer(row, self.spec.tokenizer, self.spec.loss_power)
 
     def dev(self, family: str) -> list[Row]:
         """Return the first dev samples of a family as documents, unaugmented."""

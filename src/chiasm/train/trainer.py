@@ -16,6 +16,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from chiasm.errors import CheckpointError, ChiasmError, UsageError
-from chiasm.train.data import Mixture, derive_seed, generator
+from chiasm.train.data import Draw, Mixture, derive_seed, generator
 from chiasm.train.objective import Loss
 from chiasm.train.optim import load_optimizer_tensors, make_optimizers, optimizer_tensors, trainable
 from chiasm.train.progress import Progress
@@ -68,6 +69,8 @@ class Trainer:
         recipe: what to run.
         run: where; if it holds checkpoints, the last one is continued.
         device: where the model lives.
+        workers: micro-batches of a step (``recipe.accumulate``) that are computed at once, each in a thread of its own.
+            Their gradients are added in the order of the micro-batches, so the result is that of one worker, to the bit.
         progress: how to report; by default a bar on a terminal and plain lines elsewhere, on stderr.
 
     Attributes:
@@ -75,7 +78,8 @@ class Trainer:
         step: optimiser steps done.
 
     Raises:
-        UsageError: the folder's run was started with a different recipe (the message names the first difference).
+        UsageError: the folder's run was started with a different recipe (the message names the first difference), or
+            there are more workers than micro-batches, or workers beside a GPU.
     """
 
     def __init__(
@@ -84,12 +88,18 @@ class Trainer:
         run: RunFolder,
         *,
         device: str | torch.device = "cpu",
+        workers: int = 1,
         progress: Progress | None = None,
     ) -> None:
+        if not 1 <= workers <= recipe.accumulate or (workers > 1 and torch.device(device).type != "cpu"):
+            raise UsageError(
+                f"{workers} workers on {device}: on the CPU give 1 to {recipe.accumulate}, the micro-batches of a step "
+                "(--set accumulate=N makes more); elsewhere 1"
+            )
         changed = difference(run.info["recipe"], resolved(recipe))
         if changed:
             raise UsageError(f"{run.path} was started with another recipe ({changed[0]}): start a new run")
-        self.recipe, self.run, self.device = recipe, run, torch.device(device)
+        self.recipe, self.run, self.device, self.workers = recipe, run, torch.device(device), workers
         self.source, self.model, self.objective = build_parts(recipe)
         self.model.to(self.device)
         self.objective.to(self.device)
@@ -144,18 +154,7 @@ class Trainer:
         self.model.train()
         self.objective.train()
         draws = self.mixture.batch_indices(step)
-        size = recipe.batch // recipe.accumulate
-        losses = []
-        for part in range(recipe.accumulate):
-            batch = self.source.fetch(
-                draws[part * size : (part + 1) * size], generator(recipe.seed, "augment", step, part)
-            ).to(self.device)
-            # Dropout and DropPath draw from the global generators: the only reason why they are seeded here.
-            torch.manual_seed(derive_seed(recipe.seed, "step", step, part))
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=recipe.compute == "bfloat16"):
-                loss: Loss = self.objective.loss(self.model, batch)
-            loss.total.backward()
-            losses.append(loss)
+        losses = self._together(draws) if self.workers > 1 else self._in_turn(draws)
         weight = max(sum(float(loss.weight) for loss in losses), 1e-12)
         mean = sum(float(loss.total.detach()) for loss in losses) / weight
         norm = self._finish_gradients(1.0 / weight)
@@ -169,6 +168,52 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
         row = {"step": step + 1, "loss": mean, "lr": rate, "grad_norm": norm} | _mean_metrics(losses)
         return row | {"seconds": round(time.perf_counter() - started, 4)}
+
+    def _in_turn(self, draws: list[Draw]) -> list[Loss]:
+        """Add the gradients of the micro-batches, one after the other."""
+        losses = []
+        for part in range(self.recipe.accumulate):
+            # Dropout and DropPath draw from the global generators: the only reason why they are seeded here.
+            torch.manual_seed(derive_seed(self.recipe.seed, "step", self.step, part))
+            loss = self._loss(draws, part)
+            loss.total.backward()
+            losses.append(loss)
+        return losses
+
+    def _together(self, draws: list[Draw]) -> list[Loss]:
+        """Like ``_in_turn``, in threads: none touches a shared gradient, and the sums are made in order afterwards."""
+        parameters = list(self.parameters.values())
+
+        def part_of(part: int) -> tuple[Loss, tuple[Tensor | None, ...]]:
+            loss = self._loss(draws, part)
+            return loss, torch.autograd.grad(loss.total, parameters, allow_unused=True)
+
+        torch.manual_seed(derive_seed(self.recipe.seed, "step", self.step, 0))
+        before = torch.get_rng_state()
+        with ThreadPoolExecutor(self.workers) as pool:
+            done = list(pool.map(part_of, range(self.recipe.accumulate)))
+        if not torch.equal(before, torch.get_rng_state()):
+            raise TrainingError(
+                f"{self.recipe.name} draws random numbers while it trains (dropout, DropPath), whose order threads "
+                "would change: use one worker"
+            )
+        for parameter, *parts in zip(parameters, *(gradients for _, gradients in done), strict=True):
+            there = [gradient for gradient in parts if gradient is not None]
+            # The first may be shared with the graph's buffers (an expanded view): accumulate into a copy.
+            parameter.grad = there[0].clone(memory_format=torch.contiguous_format) if there else None
+            for gradient in there[1:]:
+                parameter.grad.add_(gradient)  # type: ignore[union-attr]
+        return [loss for loss, _ in done]
+
+    def _loss(self, draws: list[Draw], part: int) -> Loss:
+        """Return the loss of one micro-batch of the step."""
+        recipe = self.recipe
+        size = recipe.batch // recipe.accumulate
+        batch = self.source.fetch(
+            draws[part * size : (part + 1) * size], generator(recipe.seed, "augment", self.step, part)
+        ).to(self.device)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=recipe.compute == "bfloat16"):
+            return self.objective.loss(self.model, batch)
 
     def _finish_gradients(self, scale: float) -> float:
         """Turn the gradient of the sum into that of the mean, clip it, and return its norm before clipping."""
