@@ -137,6 +137,47 @@ def test_accumulation_equals_one_batch(tmp_path):
     assert losses[2] == pytest.approx(losses[0], rel=1e-5)
 
 
+def still(trainer):
+    """Without dropout and batch statistics."""
+    trainer.model[1], trainer.model[3] = nn.LayerNorm(8), nn.Identity()
+    return trainer
+
+
+def test_workers_give_the_result_of_one_to_the_bit(tmp_path):
+    recipe = tiny(accumulate=3)
+    still(quiet(recipe, tmp_path / "one")).fit()
+    still(quiet(recipe, tmp_path / "three", workers=3)).fit()
+    assert curve(tmp_path / "one") == curve(tmp_path / "three")
+    same_end(tmp_path / "one", tmp_path / "three")
+
+
+def test_workers_pass_an_error_on(tmp_path):
+    trainer = still(quiet(tiny(), tmp_path / "run", workers=2))
+
+    def broken(draws, random):
+        raise RuntimeError("cannot read the sample")
+
+    trainer.source.fetch = broken
+    with pytest.raises(RuntimeError, match="cannot read the sample"):
+        trainer.fit()
+
+
+@pytest.mark.parametrize("kept", [1, 3])
+def test_workers_refuse_what_depends_on_the_order_of_threads(tmp_path, kept):
+    trainer = quiet(tiny(), tmp_path / "run", workers=2)
+    there = trainer.model[kept]  # batch statistics, dropout
+    still(trainer).model[kept] = there
+    with pytest.raises(TrainingError, match="use one worker"):
+        trainer.fit()
+    assert trainer.step == 0
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+def test_as_many_workers_as_micro_batches_at_most(tmp_path, workers):
+    with pytest.raises(UsageError, match="1 to 2"):
+        quiet(tiny(), tmp_path / "run", workers=workers)
+
+
 def test_nan_stops_and_names_the_step(tmp_path):
     recipe = tiny(data=BlobData(poison=9))  # two micro-batches a step: the fifth step
     trainer = quiet(recipe, tmp_path / "run")

@@ -69,8 +69,9 @@ class Trainer:
         recipe: what to run.
         run: where; if it holds checkpoints, the last one is continued.
         device: where the model lives.
-        workers: micro-batches of a step (``recipe.accumulate``) that are computed at once, each in a thread of its own.
-            Their gradients are added in the order of the micro-batches, so the result is that of one worker, to the bit.
+        workers: micro-batches of a step (``recipe.accumulate``) that are computed at once, each in a thread of its
+            own. Their gradients are added in the order of the micro-batches: the result is that of one worker, to
+            the bit.
         progress: how to report; by default a bar on a terminal and plain lines elsewhere, on stderr.
 
     Attributes:
@@ -189,13 +190,13 @@ class Trainer:
             return loss, torch.autograd.grad(loss.total, parameters, allow_unused=True)
 
         torch.manual_seed(derive_seed(self.recipe.seed, "step", self.step, 0))
-        before = torch.get_rng_state()
+        state, versions = torch.get_rng_state(), self._buffer_versions()
         with ThreadPoolExecutor(self.workers) as pool:
             done = list(pool.map(part_of, range(self.recipe.accumulate)))
-        if not torch.equal(before, torch.get_rng_state()):
+        if not torch.equal(state, torch.get_rng_state()) or versions != self._buffer_versions():
             raise TrainingError(
-                f"{self.recipe.name} draws random numbers while it trains (dropout, DropPath), whose order threads "
-                "would change: use one worker"
+                f"{self.recipe.name} draws random numbers or keeps statistics while it trains (dropout, DropPath, "
+                "BatchNorm), in an order that threads would change: use one worker"
             )
         for parameter, *parts in zip(parameters, *(gradients for _, gradients in done), strict=True):
             there = [gradient for gradient in parts if gradient is not None]
@@ -204,6 +205,10 @@ class Trainer:
             for gradient in there[1:]:
                 parameter.grad.add_(gradient)  # type: ignore[union-attr]
         return [loss for loss, _ in done]
+
+    def _buffer_versions(self) -> list[int]:
+        """How often each buffer was written in place."""
+        return [b._version for module in (self.model, self.objective) for b in module.buffers()]
 
     def _loss(self, draws: list[Draw], part: int) -> Loss:
         """Return the loss of one micro-batch of the step."""
