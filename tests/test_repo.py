@@ -211,3 +211,11 @@ def test_wheel_holds_types_and_assets(tmp_path):
         if path.is_relative_to(package / "chiasm") and (path.suffix == ".py" or "assets" in path.parts)
     }
     assert expected | {"chiasm/py.typed"} <= names
+
+
+@pytest.mark.parametrize("command", [("check",), ("format", "--check")], ids=" ".join)
+def test_ruff_is_content(command):
+    ran = subprocess.run(
+        [sys.executable, "-m", "ruff", *command, "--no-cache", "."], cwd=ROOT, capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr

@@ -22,7 +22,6 @@ def script(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_inference_measures_both_models(script) -> None:
-    pytest.importorskip("transformers")
     inference = script("inference")
     result = inference.measure(inference.toy())
     assert result["logits_distance"] < 0.05
@@ -38,7 +37,6 @@ def test_inference_measures_both_models(script) -> None:
 
 def test_both_models_write_the_same_tokens(script) -> None:
     """In fp32 the benchmark's two models are one: same tokens, and equal logits up to rounding."""
-    pytest.importorskip("transformers")
     import torch
 
     inference = script("inference")
@@ -55,7 +53,6 @@ def test_both_models_write_the_same_tokens(script) -> None:
 
 
 def test_preprocessing_measures_both_modes(script) -> None:
-    pytest.importorskip("transformers")
     rows = script("preprocessing").measure(((60, 40),), side=16, repeats=2)["rows"]
     assert [row["name"].rsplit(", ", 1)[1] for row in rows] == ["fast mode", "exact mode"]
     assert rows[1]["ok"]

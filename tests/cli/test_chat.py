@@ -37,6 +37,18 @@ def test_the_answer_alone_is_on_stdout(run: Run, tiny: Path, picture: Path) -> N
     assert reply == expected.to_dict()
 
 
+def test_pictures_stand_where_the_question_has_their_tags(run: Run, tiny: Path, picture: Path) -> None:
+    image = {"type": "image", "image": str(picture)}
+    model = chiasm.load(tiny, max_tiles=1)
+    tagged = [
+        {"role": "user", "content": [image, image, {"type": "text", "text": "Is <image> like <image>?"}]}
+    ]
+    expected = model.chat(tagged, max_new_tokens=6)
+    assert model.chat("Is <image> like <image>?", [picture, picture], max_new_tokens=6) == expected
+    words = ("chat", picture, picture, "Is <image> like <image>?", "--model", tiny, "--max-tiles", 1)
+    assert run(*words, *SHORT).out == expected.text + "\n"
+
+
 def test_the_question_may_come_on_stdin(run: Run, tiny: Path, picture: Path) -> None:
     expected = run("chat", picture, ASK, "--model", tiny, *SHORT).out
     for words in ([picture], [picture, "-"]):

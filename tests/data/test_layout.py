@@ -78,7 +78,7 @@ def test_text_only_has_no_media_and_needs_no_image_tokens():
     made = layout("Hi", make(plain))
     assert made.media == {}
     assert made.spans == ()
-    with pytest.raises(TemplateError, match="the tokenizer has no <img> token"):
+    with pytest.raises(TemplateError, match="its tokenizer has no <img> token"):
         layout(ask("Hi", noise(8, 8)), make(plain))
 
 

@@ -140,6 +140,41 @@ def test_refusals_name_the_place(messages, said):
     assert "\n" not in str(caught.value)
 
 
+def test_pictures_beside_the_messages_stand_at_their_tags():
+    def told(messages, *images):
+        return [spelled(turn, numbered=False) for turn in parse_messages(messages, images=images)]
+
+    assert told("Left <image> or right <image>?", "a", "b") == ["Left [a] or right [b]?"]
+    assert told("Image-1: <image>\nImage-2: <image>\nWhat?", "a", "b") == [
+        "Image-1: [a]\nImage-2: [b]\nWhat?"
+    ]
+    assert told("What?", "a") == ["[a]\nWhat?"]
+    talk = [
+        {"role": "user", "content": "<image> What?"},
+        {"role": "assistant", "content": "A cat in an <image>."},
+        {"role": "user", "content": "And <image>?"},
+    ]
+    assert told(talk, "a", "b") == ["[a] What?", "A cat in an <image>.", "And [b]?"]
+    # A turn that has pictures of its own keeps them; without tags, or with other tags, the last question gets all.
+    talk[0]["content"] = [{"type": "image", "image": "x"}, "<image> What?"]
+    assert told(talk, "b") == ["[x] What?", "A cat in an <image>.", "And [b]?"]
+    talk[2]["content"] = "And these?"
+    assert told(talk, "b", "c") == ["[x] What?", "A cat in an <image>.", "[b]\n[c]\nAnd these?"]
+
+
+@pytest.mark.parametrize(
+    ("messages", "images", "said"),
+    [
+        ("<image> <image>", ["a"], r"messages\[0\] has 2 <image> tag\(s\) but 1 image\(s\): give 1 more"),
+        ("<image>", ["a", "b"], r"1 <image> tag\(s\) but 2 image\(s\): write a tag for each"),
+        ([{"role": "assistant", "content": "x"}], ["a"], "no message has the role user"),
+    ],
+)
+def test_pictures_beside_the_messages_must_fit(messages, images, said):
+    with pytest.raises(DataError, match=said):
+        parse_messages(messages, images=images)
+
+
 def test_parts_and_turns_check_themselves():
     with pytest.raises(DataError, match="unknown part kind 'smell'"):
         Part("smell", 1)

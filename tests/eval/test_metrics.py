@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chiasm.errors import DataError
-from chiasm.eval.metrics import by_family, compare, exact_match, normalise, score
+from chiasm.eval.metrics import compare, exact_match, normalise, score
 
 
 @pytest.mark.parametrize(
@@ -65,13 +65,10 @@ def test_normalise_is_idempotent(text):
     assert once == " ".join(once.split())
 
 
-def test_score_and_families():
+def test_score():
     result = score([True, True, False, True])
     assert (result.correct, result.n, result.accuracy) == (3, 4, 0.75)
     assert result.to_dict()["interval"] == list(result.interval)
-    parts = by_family(["b", "a", "b"], [True, False, False])
-    assert list(parts) == ["b", "a"]
-    assert (parts["b"].accuracy, parts["a"].accuracy) == (0.5, 0.0)
     with pytest.raises(DataError):
         score([])
 

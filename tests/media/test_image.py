@@ -1,5 +1,4 @@
 import base64
-import hashlib
 import http.server
 import io
 import logging
@@ -19,7 +18,7 @@ from PIL import Image, ImageOps
 
 from chiasm.errors import ImageError
 from chiasm.media.fetch import load_bytes
-from chiasm.media.image import MAX_PIXELS, content_key, open_image, to_rgb
+from chiasm.media.image import MAX_PIXELS, open_image, to_rgb
 
 
 def picture(width: int = 60, height: int = 40) -> Image.Image:
@@ -542,20 +541,6 @@ def test_many_threads_leave_the_warning_filters_as_they_were() -> None:
         thread.join()
     assert errors == []
     assert list(warnings.filters) == before
-
-
-def test_content_key() -> None:
-    image = picture()
-    key = content_key(image)
-    assert len(key) == 32
-    assert key == content_key(open_image(encoded(image)))
-    changed = image.copy()
-    changed.putpixel((0, 0), (1, 2, 3))
-    keys = {key, content_key(changed), content_key(image.resize((40, 60)))}
-    assert len(keys) == 3
-    same_bytes = [Image.new("RGB", (4, 6)), Image.new("RGB", (6, 4)), Image.new("L", (12, 6))]
-    assert len({content_key(one) for one in same_bytes}) == 3
-    assert key == hashlib.blake2b(b"RGB 60x40 " + image.tobytes(), digest_size=16).hexdigest()
 
 
 def test_to_rgb_is_a_new_image() -> None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from PIL import Image
 
 from chiasm.errors import ChiasmError, ConfigError, ImageError
-from chiasm.media.pixels import fold_normalization, normalize
+from chiasm.media.pixels import normalize
 from chiasm.media.tiles import NORMALIZATIONS, TilePolicy, closest_grid, grids, pad2square
 
 SIZES = st.integers(1, 6000)
@@ -399,17 +399,3 @@ def test_normalize_is_bit_identical_on_a_gpu() -> None:
     for preset in NORMALIZATIONS:
         policy = TilePolicy(normalize_type=preset)
         assert torch.equal(normalize(tiles, policy, device="cuda").cpu(), normalize(tiles, policy))
-
-
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("preset", sorted(NORMALIZATIONS))
-def test_folded_normalization_equals_plain(bias: bool, preset: str) -> None:
-    policy = TilePolicy(image_size=56, normalize_type=preset)
-    conv = torch.nn.Conv2d(3, 32, 14, 14, bias=bias)
-    tiles = policy.tile(noise(150, 100))
-    weight, folded_bias = fold_normalization(conv.weight, conv.bias, policy)
-    with torch.no_grad():
-        plain = conv(normalize(tiles, policy))
-        folded = torch.nn.functional.conv2d(tiles.float(), weight, folded_bias, stride=14)
-    assert weight.dtype == conv.weight.dtype
-    torch.testing.assert_close(folded, plain, rtol=1e-5, atol=1e-5)

@@ -11,11 +11,8 @@ from chiasm.errors import ConfigError
 from chiasm.nn import losses
 from chiasm.nn.losses import (
     IGNORE,
-    cosine_distance,
     cross_entropy,
     cross_entropy_reference,
-    feature_mse,
-    feature_smooth_l1,
     token_weights,
 )
 
@@ -191,25 +188,3 @@ def test_token_weights_refuse_other_powers() -> None:
     labels = torch.tensor([1])
     with pytest.raises(ConfigError, match="power 2"):
         token_weights(labels, labels, 2.0)
-
-
-def test_cosine_distance() -> None:
-    student, teacher = torch.randn(2, 5, 8, requires_grad=True), torch.randn(2, 5, 8)
-    by_hand = sum(
-        1 - (s @ t / s.norm() / t.norm()).item()
-        for s, t in zip(student.detach().view(-1, 8), teacher.view(-1, 8), strict=True)
-    )
-    loss = cosine_distance(student, teacher)
-    assert loss.item() == pytest.approx(by_hand / 10, abs=1e-6)
-    loss.backward()
-    assert cosine_distance(teacher, 3 * teacher).item() == pytest.approx(0.0, abs=1e-6)
-    assert cosine_distance(teacher, -teacher).item() == pytest.approx(2.0, abs=1e-6)
-    assert cosine_distance(teacher.bfloat16(), teacher.bfloat16()).dtype == torch.float32
-
-
-def test_feature_losses() -> None:
-    student, teacher = torch.tensor([[0.0, 3.0]]), torch.tensor([[1.0, 1.0]])
-    assert feature_mse(student, teacher).item() == pytest.approx((1 + 4) / 2)
-    assert feature_smooth_l1(student, teacher).item() == pytest.approx((0.5 + 1.5) / 2)
-    assert feature_smooth_l1(student, teacher, beta=2.0).item() == pytest.approx((0.25 + 1.0) / 2)
-    assert feature_mse(student.bfloat16(), teacher.bfloat16()).dtype == torch.float32

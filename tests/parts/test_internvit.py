@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from chiasm.errors import ConfigError
 from chiasm.parts.vision.internvit import (
+    VISION_DEFAULTS,
     InternViT,
     InternViTConfig,
     internvit_6b,
@@ -290,3 +291,9 @@ def test_mini_shape() -> None:
     model = InternViT(internvit_mini()).eval()
     with torch.no_grad():
         assert model(torch.randn(2, 3, 64, 64)).shape == (2, 65, 192)
+
+
+@pytest.mark.parametrize("layout", ["original", "hf"])
+def test_null_and_absent_keys_take_the_class_defaults(layout: str) -> None:
+    empty = InternViTConfig.from_public({}, layout)
+    assert InternViTConfig.from_public(dict.fromkeys(VISION_DEFAULTS[layout]), layout) == empty

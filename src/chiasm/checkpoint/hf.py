@@ -13,9 +13,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from chiasm.parts.vision.internvit import VISION_DEFAULTS
+
 __all__ = [
     "HF_VISION_CONSTANTS",
-    "HF_VISION_DEFAULTS",
     "LANGUAGE_DEFAULTS",
     "rope_keys_of_4",
     "spell_hf",
@@ -134,26 +135,6 @@ _VISION_KEYS = {
 }
 """Original spelling of a vision key -> that of transformers."""
 
-HF_VISION_DEFAULTS: dict[str, Any] = {
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "num_channels": 3,
-    "patch_size": 14,
-    "image_size": 448,
-    "hidden_act": "gelu",
-    "norm_type": "layer_norm",
-    "layer_norm_eps": 1e-6,
-    "attention_bias": False,
-    "use_qk_norm": False,
-    "hidden_dropout_prob": 0.0,
-    "attention_dropout": 0.0,
-    "initializer_range": 0.02,
-    "layer_scale_init_value": 0.1,
-}
-"""What `InternVLVisionConfig` takes for absent keys: saved sub-configs may leave out what equals them."""
-
 HF_VISION_CONSTANTS: dict[str, Any] = {
     "projection_dropout": 0.0,
     "use_mask_token": False,
@@ -188,7 +169,7 @@ LANGUAGE_DEFAULTS: dict[str, dict[str, Any]] = {
 
 def vision_from_hf(public: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """(vision config in the original's spelling, complete; what else transformers says, verbatim)."""
-    filled = HF_VISION_DEFAULTS | {key: value for key, value in public.items() if value is not None}
+    filled = VISION_DEFAULTS["hf"] | {key: value for key, value in public.items() if value is not None}
     vision = {original: filled[hf] for original, hf in _VISION_KEYS.items()}
     for name in ("patch_size", "image_size"):  # pairs of equal sides in this layout
         side = vision[name]

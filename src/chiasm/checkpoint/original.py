@@ -13,8 +13,9 @@ from __future__ import annotations
 from typing import Any
 
 from chiasm.checkpoint.hf import spell_language
+from chiasm.parts.vision.internvit import VISION_DEFAULTS
 
-__all__ = ["AUTO_MAP", "TOP_DEFAULTS", "VISION_DEFAULTS", "complete_vision", "spell_original"]
+__all__ = ["AUTO_MAP", "TOP_DEFAULTS", "complete_vision", "spell_original"]
 
 _CONNECT = {"norm": "0", "fc1": "1", "fc2": "3"}  # 2 is the GELU between them
 
@@ -32,26 +33,6 @@ TOP_DEFAULTS: dict[str, Any] = {
     "system_message": None,
 }
 """What `InternVLChatConfig` takes for absent keys."""
-
-VISION_DEFAULTS: dict[str, Any] = {
-    "hidden_size": 3200,
-    "intermediate_size": 12_800,
-    "num_hidden_layers": 48,
-    "num_attention_heads": 25,
-    "num_channels": 3,
-    "patch_size": 14,
-    "image_size": 224,
-    "hidden_act": "gelu",
-    "norm_type": "rms_norm",
-    "layer_norm_eps": 1e-6,
-    "qkv_bias": False,
-    "qk_normalization": True,
-    "dropout": 0.0,
-    "attention_dropout": 0.0,
-    "initializer_range": 0.02,
-    "initializer_factor": 0.1,
-}
-"""What `InternVisionConfig` takes for absent keys: the shape of InternViT-6B-224px."""
 
 AUTO_MAP = {
     "AutoConfig": "configuration_internvl_chat.InternVLChatConfig",
@@ -79,8 +60,10 @@ def complete_vision(public: dict[str, Any]) -> tuple[dict[str, Any], dict[str, A
     Released files carry dozens of the latter (mixture-of-experts and training switches).
     """
     given = {key: value for key, value in public.items() if value is not None}
-    vision = {key: given.get(key, default) for key, default in VISION_DEFAULTS.items()}
+    vision = {key: given.get(key, default) for key, default in VISION_DEFAULTS["original"].items()}
     extras = {
-        key: value for key, value in public.items() if key not in VISION_DEFAULTS and key != "model_type"
+        key: value
+        for key, value in public.items()
+        if key not in VISION_DEFAULTS["original"] and key != "model_type"
     }
     return vision, extras

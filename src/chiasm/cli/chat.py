@@ -98,7 +98,7 @@ def chat_command(
     ] = None,
     device: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, mps; default: a GPU if there is one."),
+        typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, mps; default: an NVIDIA GPU if there is one."),
     ] = None,
     deterministic: Annotated[
         bool, typer.Option("--deterministic", help="The same bits whatever else is answered with it.")

@@ -62,7 +62,13 @@ def convert_command(
         )
         return
     from chiasm.checkpoint.convert import convert
+    from chiasm.hub import _model_type
 
+    if _model_type(src) == "chiasm-mini":
+        raise UsageError(
+            f"{src} is a bundle of chiasm-mini (encoder, projector, adapters; no language model): it cannot be "
+            f"written as {to.value}"
+        )
     with waiting(f"converting {src}"):
         report = convert(src, dst, to.value, force=force)
     if as_json:

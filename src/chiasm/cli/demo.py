@@ -75,7 +75,7 @@ def demo_command(
     ] = "chiasm-mini",
     device: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, mps; default: a GPU if there is one."),
+        typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, mps; default: an NVIDIA GPU if there is one."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print each answer as one line of JSON.")] = False,
 ) -> None:

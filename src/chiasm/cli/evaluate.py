@@ -341,7 +341,7 @@ def eval_command(
         ),
     ] = None,
     device: Annotated[
-        str | None, typer.Option(metavar="NAME", help="cpu, cuda, …; default: a GPU if there is one.")
+        str | None, typer.Option(metavar="NAME", help="cpu, cuda, …; default: an NVIDIA GPU if there is one.")
     ] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads of PyTorch.")] = None,
     as_json: Annotated[

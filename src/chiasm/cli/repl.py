@@ -109,6 +109,8 @@ def _turn(
     except ChiasmError as error:
         del said[before:]
         fail(str(error))
+        if shown:
+            note("the pictures wait for the next question; /reset takes them away")
         return
     except KeyboardInterrupt:
         del said[before:]

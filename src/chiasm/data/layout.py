@@ -95,7 +95,8 @@ class LayoutSpec:
         for token, index in ids.items():
             if index is None:
                 raise TemplateError(
-                    f"the tokenizer has no {token} token: add the image tokens to it and the model"
+                    f"this model reads no pictures (its tokenizer has no {token} token): leave them out or choose "
+                    "another model"
                 )
         return ids[self.image_context]  # type: ignore[return-value]
 

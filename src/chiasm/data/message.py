@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -110,7 +111,7 @@ class Record:
 # Reading messages ------------------------------------------------------------------------------------------------
 
 
-def parse_messages(messages: Any) -> list[Turn]:
+def parse_messages(messages: Any, *, images: Sequence[Any] = ()) -> list[Turn]:
     """Read a conversation.
 
     Args:
@@ -119,9 +120,11 @@ def parse_messages(messages: Any) -> list[Turn]:
             "url"}, {"type": "image_url", "image_url": url | {"url"}}, {"type": "video", …}, and points, box, mask,
             codes with a field of that name); a dict with "messages"; an InternVL row (dict with "conversations");
             or a `Record`.
+        images: pictures given beside the messages. Where the user's turns without pictures have as many `<image>`
+            tags, each gets what its tags ask for; else all of them come before the last user turn's parts.
 
     Raises:
-        DataError: one line naming the index and the field.
+        DataError: one line naming the index and the field; pictures but no user turn; tags that do not agree.
     """
     match messages:
         case str():
@@ -133,7 +136,7 @@ def parse_messages(messages: Any) -> list[Turn]:
         case Mapping() if "role" in messages:
             turns = [_read_message(messages, "messages[0]")]
         case Mapping() if "messages" in messages:
-            return parse_messages(messages["messages"])
+            return parse_messages(messages["messages"], images=images)
         case Mapping() if "conversations" in messages:
             turns = list(from_row(messages).turns)
         case Mapping():
@@ -146,10 +149,27 @@ def parse_messages(messages: Any) -> list[Turn]:
             )
     if not turns:
         raise DataError("messages is empty: give at least one message")
+    if images:
+        turns = _with_images(turns, images)
     for n, turn in enumerate(turns):
         if turn.role == "system" and n:
             raise DataError(f"messages[{n}]: the system message must come first")
         spell_turn(turn, where=f"messages[{n}]")
+    return turns
+
+
+def _with_images(turns: list[Turn], images: Sequence[Any]) -> list[Turn]:
+    """The turns with the pictures where they belong; see `parse_messages`."""
+    users = [n for n, turn in enumerate(turns) if turn.role == "user"]
+    if not users:
+        raise DataError("images were given but no message has the role user")
+    asked = {n: turns[n].text.count(IMAGE_TAG) for n in users if not turns[n].of_kind("image")}
+    if sum(asked.values()) != len(images):
+        asked = {users[-1]: len(images)}
+    left, turns = iter(images), list(turns)
+    for n, count in asked.items():
+        shown = tuple(Part("image", image) for image in islice(left, count))
+        turns[n] = replace(turns[n], parts=(*shown, *turns[n].parts))
     return turns
 
 

@@ -24,7 +24,6 @@ __all__ = [
     "PARSER_VERSION",
     "Comparison",
     "Score",
-    "by_family",
     "compare",
     "exact_match",
     "normalise",
@@ -91,13 +90,6 @@ def score(correct_N: Sequence[bool] | np.ndarray) -> Score:
     right, n = int(np.sum(correct_N)), len(correct_N)
     interval = wilson(right, n)
     return Score(correct=right, n=n, accuracy=right / n, interval=interval)
-
-
-def by_family(families: Sequence[str], correct_N: Sequence[bool] | np.ndarray) -> dict[str, Score]:
-    """Return the score of each family, in the order in which they first occur."""
-    correct = np.asarray(correct_N, bool)
-    names = np.asarray(families)
-    return {name: score(correct[names == name]) for name in dict.fromkeys(families)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

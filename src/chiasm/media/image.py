@@ -16,7 +16,6 @@ the pipelines of the released models have that too.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import logging
 import stat
@@ -32,7 +31,7 @@ from PIL import Image, UnidentifiedImageError
 from chiasm.errors import ImageError
 from chiasm.media.fetch import file_error, is_url, load_bytes, local_path, short_name
 
-__all__ = ["FORMATS", "MAX_PIXELS", "ImageSource", "Note", "content_key", "open_image", "to_rgb"]
+__all__ = ["FORMATS", "MAX_PIXELS", "ImageSource", "Note", "open_image", "to_rgb"]
 
 MAX_PIXELS = 178_956_970
 """Largest accepted width x height; Pillow itself only warns in the upper half of this range."""
@@ -147,13 +146,6 @@ def to_rgb(image: Image.Image, *, name: str = "image", on_note: Note | None = No
     # time.
     rgb.info = {}
     return rgb
-
-
-def content_key(image: Image.Image) -> str:
-    """A key (32 hex digits) of what a picture shows: equal for equal mode, size and pixels."""
-    digest = hashlib.blake2b(f"{image.mode} {image.width}x{image.height} ".encode(), digest_size=16)
-    digest.update(image.tobytes())
-    return digest.hexdigest()
 
 
 def _decode(file: IO[bytes], name: str, orient: bool, note: Note) -> Image.Image:

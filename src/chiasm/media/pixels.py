@@ -17,7 +17,7 @@ from chiasm.errors import ImageError
 from chiasm.media.tiles import TilePolicy
 from chiasm.shapes import Float, UInt8
 
-__all__ = ["fold_normalization", "normalize"]
+__all__ = ["normalize"]
 
 
 def normalize(
@@ -53,31 +53,3 @@ def normalize(
     std_C11 = torch.tensor(policy.std, device=full.device).view(3, 1, 1)
     pixels_N3SS = tiles_N3SS.to(full.device).to(torch.float32)
     return pixels_N3SS.div_(full).sub_(mean_C11).div_(std_C11).to(dtype)
-
-
-def fold_normalization(
-    weight_D3KK: Float[Tensor, "D 3 K K"], bias_D: Float[Tensor, " D"] | None, policy: TilePolicy
-) -> tuple[Float[Tensor, "D 3 K K"], Float[Tensor, " D"]]:
-    """Patch-embedding parameters that take raw 0..255 values: ``conv'(x) = conv((x/255 - mean) / std)``.
-
-    Saves the pass over all pixels. Right only for a convolution without padding (a patch embedding has
-    none), and equal up to rounding, not bit for bit.
-
-    Args:
-        weight_D3KK: (D, 3, K, K) convolution weight for normalised input.
-        bias_D: (D,) its bias, or None for zero.
-        policy: gives mean and std.
-
-    Returns:
-        weight (D, 3, K, K) and bias (D,) of the dtype of ``weight_D3KK``, computed in float64.
-    """
-    weight = weight_D3KK.double()
-    mean_C11 = torch.tensor(policy.mean, dtype=torch.float64, device=weight.device).view(3, 1, 1)
-    std_C11 = torch.tensor(policy.std, dtype=torch.float64, device=weight.device).view(3, 1, 1)
-    bias = (
-        torch.zeros(len(weight), dtype=torch.float64, device=weight.device)
-        if bias_D is None
-        else bias_D.double()
-    )
-    folded_bias = bias - (weight * (mean_C11 / std_C11)).sum(dim=(1, 2, 3))
-    return (weight / (255.0 * std_C11)).to(weight_D3KK.dtype), folded_bias.to(weight_D3KK.dtype)

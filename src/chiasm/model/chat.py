@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from chiasm.data.layout import LayoutSpec, layout
-from chiasm.data.message import Part, parse_messages
+from chiasm.data.message import parse_messages
 from chiasm.data.sequence import Sequence
-from chiasm.errors import ConfigError, ContextOverflowError, DataError, UsageError
+from chiasm.errors import ConfigError, ContextOverflowError, UsageError
 from chiasm.media.boxes import Box, parse_boxes
 from chiasm.media.pixels import normalize
 from chiasm.model.causal import CausalVLM
@@ -228,7 +228,8 @@ class ChatModel:
         Args:
             messages: a question, or `[{"role", "content": str | [{"type": "image", "image": …}, {"type":
                 "text", "text": …}]}]`; an assistant header follows iff the last role is user.
-            images: paths, URLs or PIL images that belong to the last user message, in front of its text.
+            images: paths, URLs or PIL images: where the `<image>` tags stand if there are as many, else in front of
+                the last user message.
 
         Raises:
             ImageError, DataError, TemplateError, ContextOverflowError: one line that says what and where.
@@ -355,7 +356,7 @@ def _options(options: Mapping[str, Any]) -> Options:
 
 
 def with_images(messages: Any, images: Seq[Any]) -> Any:
-    """Messages with `images` put in front of the last user message.
+    """Messages with `images` where their `<image>` tags stand, else in front of the last user message.
 
     Raises DataError when no message is the user's, UsageError when `images` is one image instead of several.
     """
@@ -363,10 +364,4 @@ def with_images(messages: Any, images: Seq[Any]) -> Any:
         raise UsageError("images must be a list: write images=[picture] for one")
     if not images:
         return messages
-    turns = parse_messages(messages)
-    last = next((n for n in reversed(range(len(turns))) if turns[n].role == "user"), None)
-    if last is None:
-        raise DataError("images were given but no message has the role user")
-    shown = tuple(Part("image", image) for image in images)
-    turns[last] = replace(turns[last], parts=(*shown, *turns[last].parts))
-    return turns
+    return parse_messages(messages, images=images)

@@ -13,23 +13,19 @@ Shape legend: I features in, O features out, r rank, n splits of sizes O_1 + ...
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from chiasm.errors import CheckpointError, ConfigError
+from chiasm.errors import ConfigError
 
 __all__ = [
     "LoRALinear",
     "apply_lora",
-    "base_state_dict",
     "fused_splits",
-    "load_lora_state_dict",
-    "lora_state_dict",
     "merge_lora",
 ]
 
@@ -190,59 +186,6 @@ def merge_lora(module: nn.Module) -> list[str]:
     for path, adapter in adapters.items():
         _replace(module, path, adapter.merged())
     return list(adapters)
-
-
-def lora_state_dict(module: nn.Module) -> dict[str, Tensor]:
-    """Return the adapters' tensors (detached, not copied): ``<path>.lora_A`` and ``<path>.lora_B``."""
-    return {
-        name: value.detach()
-        for name, value in module.named_parameters()
-        if name.rpartition(".")[2] in ("lora_A", "lora_B")
-    }
-
-
-def load_lora_state_dict(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Copy tensors of `lora_state_dict` into a module to which the same `apply_lora` was done.
-
-    Values are cast to the dtype of the adapters.
-
-    Raises:
-        CheckpointError: a tensor is missing, left over, or of another shape.
-    """
-    own = lora_state_dict(module)
-    missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    if missing or extra:
-        raise CheckpointError(
-            f"LoRA state does not fit: missing {missing[:3] or 'none'}, unexpected {extra[:3] or 'none'}: "
-            "apply LoRA to the same layers first"
-        )
-    for name, value in own.items():
-        if state[name].shape != value.shape:
-            raise CheckpointError(
-                f"LoRA tensor {name} is {tuple(state[name].shape)}, the model has {tuple(value.shape)}: "
-                "apply LoRA with the same rank and splits"
-            )
-    for name, value in own.items():
-        value.copy_(state[name])
-
-
-def base_state_dict(module: nn.Module) -> dict[str, Any]:
-    """Return the module's state without adapters, under the names it has without LoRA (``qkv.weight``)."""
-    wrapped = [path for path, child in module.named_modules() if isinstance(child, LoRALinear)]
-    names = {
-        f"{path}.base.{leaf}" if path else f"base.{leaf}": path
-        for path in wrapped
-        for leaf in ("weight", "bias")
-    }
-    adapters = lora_state_dict(module).keys()
-    state = {}
-    for name, value in module.state_dict().items():
-        if name in adapters:
-            continue
-        if name in names:
-            name = f"{names[name]}.{name.rpartition('.')[2]}".removeprefix(".")
-        state[name] = value
-    return state
 
 
 def _replace(root: nn.Module, path: str, child: nn.Module) -> None:

@@ -24,11 +24,8 @@ from chiasm.shapes import Float, Int
 
 __all__ = [
     "IGNORE",
-    "cosine_distance",
     "cross_entropy",
     "cross_entropy_reference",
-    "feature_mse",
-    "feature_smooth_l1",
     "token_weights",
 ]
 
@@ -170,25 +167,3 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             None,
             None,
         )
-
-
-def cosine_distance(student_D: Float[Tensor, "*N D"], teacher_D: Float[Tensor, "*N D"]) -> Tensor:
-    """Return the mean over all vectors of ``1 - cos(student, teacher)``, an fp32 scalar in [0, 2].
-
-    Args:
-        student_D: (..., D).
-        teacher_D: same shape; detach it if it is not frozen.
-    """
-    return 1.0 - F.cosine_similarity(student_D.float(), teacher_D.float(), dim=-1).mean()
-
-
-def feature_mse(student_D: Float[Tensor, "*N D"], teacher_D: Float[Tensor, "*N D"]) -> Tensor:
-    """Return the mean squared difference of features of equal shape, an fp32 scalar."""
-    return F.mse_loss(student_D.float(), teacher_D.float())
-
-
-def feature_smooth_l1(
-    student_D: Float[Tensor, "*N D"], teacher_D: Float[Tensor, "*N D"], beta: float = 1.0
-) -> Tensor:
-    """Return the mean smooth L1 difference, an fp32 scalar: quadratic below ``beta``, linear above."""
-    return F.smooth_l1_loss(student_D.float(), teacher_D.float(), beta=beta)

@@ -7,6 +7,7 @@ Legend: V vocabulary.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -26,15 +27,15 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.temperature >= 0:
-            raise ConfigError(f"temperature must be >= 0 (0 is greedy), found {self.temperature}")
+        if not 0 <= self.temperature < math.inf:
+            raise ConfigError(f"temperature must be finite and >= 0 (0 is greedy), found {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p must be in (0, 1], found {self.top_p}")
         if self.top_k < 0:
             raise ConfigError(f"top_k must be >= 0 (0 switches it off), found {self.top_k}")
-        if not self.repetition_penalty > 0:
+        if not 0 < self.repetition_penalty < math.inf:
             raise ConfigError(
-                f"repetition_penalty must be > 0 (1 switches it off), found {self.repetition_penalty}"
+                f"repetition_penalty must be finite and > 0 (1 switches it off), found {self.repetition_penalty}"
             )
 
     @property

@@ -39,6 +39,7 @@ from chiasm.worlds.assets import assets_dir
 from chiasm.worlds.cifar10 import CifarWorld
 from chiasm.worlds.counting import CountingWorld
 from chiasm.worlds.fashion import FashionWorld
+from chiasm.worlds.teacher import open_features
 from chiasm.worlds.words import MAX_LETTERS, WordsWorld, letters
 from chiasm.worlds.world import SIZE, World
 
@@ -101,16 +102,13 @@ class Teacher:
     """Cached teacher features of training pictures, as ``worlds.teacher`` wrote them."""
 
     def __init__(self, path: Path) -> None:
+        arrays = open_features(path)
         try:
-            with np.load(path, allow_pickle=False) as archive:
-                self.map_NPD, self.pooled_NC, self.mean_C = (archive[k] for k in ("map", "pooled", "mean"))
-                names = ("split", "family", "index", "flip")
-                keys = zip(*(archive[name].tolist() for name in names), strict=True)
-                self._row = {key[1:]: row for row, key in enumerate(keys) if key[0] == "train"}
-        except (OSError, ValueError, KeyError) as error:
-            raise DataError(
-                f"no teacher features in {path} ({error}): run python -m chiasm.worlds.teacher"
-            ) from error
+            self.map_NPD, self.pooled_NC, self.mean_C = (arrays[k] for k in ("map", "pooled", "mean"))
+            keys = zip(*(arrays[k].tolist() for k in ("split", "family", "index", "flip")), strict=True)
+            self._row = {key[1:]: row for row, key in enumerate(keys) if key[0] == "train"}
+        except KeyError as error:
+            raise DataError(f"{path} lacks {error}: run `python -m chiasm.worlds.teacher` again") from error
         # One number for all axes: cosine and smooth L1 then see pooled features of mean square 1.
         centred = self.pooled_NC.astype(np.float32) - self.mean_C
         self.pooled_scale = float(np.sqrt(np.square(centred).mean())) or 1.0

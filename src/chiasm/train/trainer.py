@@ -129,6 +129,8 @@ class Trainer:
             f"{recipe.name}: {sum(p.numel() for p in self.parameters.values()):,} trained parameters, "
             f"{recipe.steps} steps of {recipe.batch}, from step {self.step}, in {self.run.path}"
         )
+        passes = self.mixture.epochs(recipe.steps)
+        self._say("passes over the data: " + ", ".join(f"{name} {n:.3g}" for name, n in passes.items()))
         with torch.random.fork_rng(devices=[]), self._signals(), self.progress:
             while self.step < last and not self._stop:
                 row = self._train_step()

@@ -32,6 +32,7 @@ from chiasm.nn.vit import (
 from chiasm.shapes import Float
 
 __all__ = [
+    "VISION_DEFAULTS",
     "InternViT",
     "InternViTConfig",
     "Layout",
@@ -42,6 +43,49 @@ __all__ = [
 ]
 
 Layout = Literal["original", "hf"]
+
+VISION_DEFAULTS: dict[Layout, dict[str, Any]] = {
+    "original": {
+        "hidden_size": 3200,
+        "intermediate_size": 12_800,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 25,
+        "num_channels": 3,
+        "patch_size": 14,
+        "image_size": 224,
+        "hidden_act": "gelu",
+        "norm_type": "rms_norm",
+        "layer_norm_eps": 1e-6,
+        "qkv_bias": False,
+        "qk_normalization": True,
+        "dropout": 0.0,
+        "attention_dropout": 0.0,
+        "initializer_range": 0.02,
+        "initializer_factor": 0.1,
+    },
+    "hf": {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "num_channels": 3,
+        "patch_size": 14,
+        "image_size": 448,
+        "hidden_act": "gelu",
+        "norm_type": "layer_norm",
+        "layer_norm_eps": 1e-6,
+        "attention_bias": False,
+        "use_qk_norm": False,
+        "hidden_dropout_prob": 0.0,
+        "attention_dropout": 0.0,
+        "initializer_range": 0.02,
+        "layer_scale_init_value": 0.1,
+    },
+}
+"""What the public configuration classes (InternVisionConfig, InternVLVisionConfig) take for absent keys.
+
+The original's are the shape of InternViT-6B-224px. Saved sub-configs may leave out what equals them.
+"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -125,47 +169,46 @@ class InternViTConfig:
         Raises:
             ConfigError: the layout is unknown, or the encoder described is not one that this class builds.
         """
-        get = vision_config.get
+        if layout not in VISION_DEFAULTS:
+            raise ConfigError(f"unknown layout {layout!r}: use 'original' or 'hf'")
+        given = {key: value for key, value in vision_config.items() if value is not None}
+        facts = VISION_DEFAULTS[layout] | given
         if layout == "original":
             return cls(
-                hidden_size=get("hidden_size", 3200),
-                intermediate_size=get("intermediate_size", 12800),
-                layers=get("num_hidden_layers", 48),
-                heads=get("num_attention_heads", 25),
-                patch_size=get("patch_size", 14),
-                image_size=get("image_size", 224),
-                channels=get("num_channels", 3),
-                norm=get("norm_type", "rms_norm"),
-                norm_eps=get("layer_norm_eps", 1e-6),
-                qkv_bias=get("qkv_bias", False),
-                qk_norm=get("qk_normalization", True),
-                drop_path=get("drop_path_rate", 0.0),
-                layer_scale_init=get("initializer_factor", 0.1),
-                act=get("hidden_act", "gelu"),
+                hidden_size=facts["hidden_size"],
+                intermediate_size=facts["intermediate_size"],
+                layers=facts["num_hidden_layers"],
+                heads=facts["num_attention_heads"],
+                patch_size=facts["patch_size"],
+                image_size=facts["image_size"],
+                channels=facts["num_channels"],
+                norm=facts["norm_type"],
+                norm_eps=facts["layer_norm_eps"],
+                qkv_bias=facts["qkv_bias"],
+                qk_norm=facts["qk_normalization"],
+                drop_path=facts.get("drop_path_rate", 0.0),
+                layer_scale_init=facts["initializer_factor"],
+                act=facts["hidden_act"],
             )
-        if layout == "hf":
-            if not get("use_absolute_position_embeddings", True):
-                raise ConfigError("vision_config has no absolute positions: InternViT needs them")
-            if not get("use_mean_pooling", True):
-                raise ConfigError(
-                    "vision_config has a final norm (use_mean_pooling=false): InternViT has none"
-                )
-            return cls(
-                hidden_size=get("hidden_size", 1024),
-                intermediate_size=get("intermediate_size", 4096),
-                layers=get("num_hidden_layers", 24),
-                heads=get("num_attention_heads", 16),
-                patch_size=_side(get("patch_size", 14), "patch_size"),
-                image_size=_side(get("image_size", 448), "image_size"),
-                channels=get("num_channels", 3),
-                norm=get("norm_type", "layer_norm"),
-                norm_eps=get("layer_norm_eps", 1e-6),
-                qkv_bias=get("attention_bias", False),
-                qk_norm=get("use_qk_norm", False),
-                layer_scale_init=get("layer_scale_init_value", 0.1),
-                act=get("hidden_act", "gelu"),
-            )
-        raise ConfigError(f"unknown layout {layout!r}: use 'original' or 'hf'")
+        if not facts.get("use_absolute_position_embeddings", True):
+            raise ConfigError("vision_config has no absolute positions: InternViT needs them")
+        if not facts.get("use_mean_pooling", True):
+            raise ConfigError("vision_config has a final norm (use_mean_pooling=false): InternViT has none")
+        return cls(
+            hidden_size=facts["hidden_size"],
+            intermediate_size=facts["intermediate_size"],
+            layers=facts["num_hidden_layers"],
+            heads=facts["num_attention_heads"],
+            patch_size=_side(facts["patch_size"], "patch_size"),
+            image_size=_side(facts["image_size"], "image_size"),
+            channels=facts["num_channels"],
+            norm=facts["norm_type"],
+            norm_eps=facts["layer_norm_eps"],
+            qkv_bias=facts["attention_bias"],
+            qk_norm=facts["use_qk_norm"],
+            layer_scale_init=facts["layer_scale_init_value"],
+            act=facts["hidden_act"],
+        )
 
     def to_public(self, layout: Layout = "original") -> dict[str, Any]:
         """Return the ``vision_config`` of a released layout; the hf layout has no place for ``drop_path``.
