@@ -106,7 +106,7 @@ def _report(error: Exception, debug: bool) -> int:
     if hasattr(error, "format_message"):
         context = getattr(error, "ctx", None)
         path = context.command_path if context is not None else "chiasm"
-        said = error.format_message().rstrip(".").replace(": Value error, ", ": ")
+        said = error.format_message().rstrip(".").replace(": Value error, ", ": ")  # type: ignore[attr-defined]
         fail(f"{said}: see {path} --help")  # type: ignore[attr-defined]
         return int(getattr(error, "exit_code", 2))
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
