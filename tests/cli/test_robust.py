@@ -236,7 +236,9 @@ def test_no_question_and_an_empty_one(run: Run, tiny: Path, picture: Path) -> No
     assert "the question is empty" in run("chat", picture, "  ", "--model", tiny).error_line
     ran = run("chat", "what", "is", "this", "--model", tiny)
     assert ran.code == 2
-    assert ran.error_line.startswith("error: what: no such file; write pictures and videos first, then the question")
+    assert ran.error_line.startswith(
+        "error: what: no such file; write pictures and videos first, then the question"
+    )
 
 
 def test_a_language_model_alone_sees_no_pictures(run: Run, tiny_words: Path, picture: Path) -> None:

@@ -9,7 +9,7 @@ the two. `Video.decoded` counts what the decoder put out. Animations cannot be e
 to the wanted one are decoded, and once before that to learn their times.
 
 Decided here:
-- The rotation that a file carries (phones) is applied, mirrored or not; the released readers do so too.
+- The rotation that a file carries (phones) is always applied, mirrored or not, whatever the tile policy does with EXIF.
 - Resolution that changes inside a stream is allowed: every frame keeps its own size, and whoever cuts tiles resizes
   each frame by itself.
 - Times are seconds after the first frame. A stream without time stamps counts frames by its stated rate.
