@@ -42,13 +42,14 @@ def write_clip(
     video: bool = True,
     first: int = 0,
     options: dict[str, str] | None = None,
+    codec_options: dict[str, str] | None = None,
 ) -> Path:
     """A video of numbered frames. `ticks` are presentation times in milliseconds, for a variable frame rate."""
     base = Fraction(1, rate) if ticks is None else Fraction(1, 1000)
     with av.open(str(path), "w", options=options or {}) as container:
         sound = container.add_stream("aac", rate=16000) if audio else None
         if video:
-            stream = container.add_stream(codec, rate=rate)
+            stream = container.add_stream(codec, rate=rate, options=codec_options or {})
             stream.width, stream.height = size
             stream.pix_fmt, stream.gop_size = "yuv420p", gop
             stream.codec_context.thread_count = 1

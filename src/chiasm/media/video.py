@@ -36,7 +36,7 @@ from typing import IO, Any
 
 from PIL import Image, UnidentifiedImageError
 
-from chiasm.errors import ImageError, missing_extra
+from chiasm.errors import ImageError, MissingExtraError, missing_extra
 from chiasm.media.fetch import file_error, is_url, load_bytes, local_path, short_name
 from chiasm.media.frames import Frames, FrameSampling, choose_frames
 from chiasm.media.image import FORMATS as IMAGE_FORMATS
@@ -394,15 +394,11 @@ class _Stream(Video):
     """The first real video stream of a file, by PyAV."""
 
     def __init__(self, file: IO[bytes], name: str) -> None:
-        try:
-            import av
-        except ImportError as error:
-            raise missing_extra("av", "video") from error
         self._file, self.name = file, name
         try:
-            self._container = av.open(
-                file, mode="r", options={"format_whitelist": _CONTAINERS}, metadata_errors="replace"
-            )
+            self._container = self._open()
+        except MissingExtraError:
+            raise
         except Exception as error:
             raise ImageError(
                 f"{name}: is not a video that can be read here, or is cut off ({_reason(error)}); "
@@ -422,6 +418,14 @@ class _Stream(Video):
         self._container.close()
         self._file.close()
 
+    def _open(self) -> Any:
+        try:
+            import av
+        except ImportError as error:
+            raise missing_extra("av", "video") from error
+        options = {"format_whitelist": _CONTAINERS}
+        return av.open(self._file, mode="r", options=options, metadata_errors="replace")
+
     def _find_stream(self) -> Any:
         streams = self._container.streams
         # A song's cover is a video stream of one picture.
@@ -438,7 +442,9 @@ class _Stream(Video):
             raise ImageError(
                 f"{self.name}: has frames of more than {MAX_PIXELS:,} pixels; make it smaller first"
             )
+        # Threads that work ahead are wasted at every jump: a few help between key frames, many would not.
         stream.thread_type = "AUTO"
+        stream.codec_context.thread_count = min(4, os.cpu_count() or 1)
         return stream
 
     def _list_frames(self) -> None:
@@ -538,8 +544,11 @@ class _Stream(Video):
         raise _damaged(self.name, EOFError("its key frames cannot be found again"))
 
     def _count(self, wanted: list[int]) -> Iterator[tuple[int, Any]]:
-        """Frames by their number, decoded from the beginning: there are no times to seek by."""
-        self._container.seek(0)
+        """Frames by their number, decoded from the beginning: there are no times to seek by, nor can one always."""
+        self._container.close()
+        self._file.seek(0)
+        self._container = self._open()
+        self._stream = self._find_stream()
         for index, frame in enumerate(self._frames(self._container.demux(self._stream))):
             if index in wanted:
                 yield index, frame
