@@ -80,13 +80,16 @@ def test_the_demo_in_the_terminal(run: Run, tiny: Path, tmp_path: Path) -> None:
     ran = run("demo", "--model", tiny, "--html", page)
     assert ran.code == 0
     lines = ran.out.splitlines()
-    assert len(lines) == 1 + len(read_questions()) + 2
-    assert lines[-1] == "held-out pictures: 0 of 9 right; out of domain: 0 of 2 right"
+    assert len(lines) == 1 + len(read_questions()) + 3
+    assert lines[-1].startswith("not counted, zoom into fashion-0.png, 8 frames: ")
+    assert lines[-2] == "held-out pictures: 0 of 9 right; out of domain: 0 of 2 right"
     assert sum(line.endswith("out of domain") for line in lines) == 2
     assert str(page) in ran.err
     assert page.read_text(encoding="utf-8").count("<figure") == len(read_questions())
     rows = read_lines(run("demo", "--model", tiny, "--json", "--no-html").out)
+    *rows, film = rows
     assert [row["picture"] for row in rows] == [q.picture for q in read_questions()]
+    assert (film["picture"], film["frames"], film["out_of_domain"]) == ("zoom into fashion-0.png", 8, True)
     assert {"answer", "right", "seconds", "licence", "out_of_domain"} <= set(rows[0])
 
 
@@ -173,3 +176,16 @@ def test_examples_run(
     monkeypatch.setattr(sys, "argv", [str(script), str(tiny)])
     runpy.run_path(str(script), run_name="__main__")
     assert len(capsys.readouterr().out.splitlines()) >= 3
+
+
+def test_the_clip_is_a_zoom_into_a_picture_of_the_list() -> None:
+    from chiasm.cli.demo import CLIP_FRAMES, make_clip
+    from chiasm.media.video import open_video
+
+    picture = read_picture(next(q for q in read_questions() if q.family == "fashion"))
+    with open_video(make_clip(picture)) as video, Image.open(io.BytesIO(picture)) as first:
+        assert len(video) == CLIP_FRAMES
+        assert video.duration == pytest.approx(1.2)
+        frames = video.read([0, CLIP_FRAMES - 1])
+        assert frames.images[0].tobytes() == first.convert("RGB").tobytes()
+        assert frames.images[1].tobytes() != frames.images[0].tobytes()

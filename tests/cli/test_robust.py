@@ -83,6 +83,7 @@ def test_odd_pictures_are_answered(run: Run, tiny: Path, tmp_path: Path, kind: s
         assert reply["usage"]["tiles"] == wide[kind]
     notes = [line for line in ran.err.splitlines() if "first frame" in line]
     assert len(notes) == (1 if kind == "animated" else 0)
+    assert reply["usage"]["frames"] == 0
     assert all(line.startswith("note: ") for line in ran.err.splitlines())
 
 
@@ -114,7 +115,7 @@ SAID = {
     "nothing-in-it": "is empty (0 bytes)",
     "zero-wide": "zero-sized",
     "missing": "no such file",
-    "folder": "is a folder, not an image",
+    "folder": "is a folder without pictures",
 }
 
 
@@ -234,7 +235,9 @@ def test_no_question_and_an_empty_one(run: Run, tiny: Path, picture: Path) -> No
     assert "the question is empty" in run("chat", picture, "  ", "--model", tiny).error_line
     ran = run("chat", "what", "is", "this", "--model", tiny)
     assert ran.code == 2
-    assert ran.error_line.startswith("error: what: no such file; write the pictures first, then the question")
+    assert ran.error_line.startswith(
+        "error: what: no such file; write pictures and videos first, then the question"
+    )
 
 
 def test_a_language_model_alone_sees_no_pictures(run: Run, tiny_words: Path, picture: Path) -> None:
@@ -279,7 +282,8 @@ def test_in_a_process_of_its_own(tiny: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith(b"\n")
     first, *rest = done.stderr.decode().splitlines()
-    assert "only the first frame is used" in first
+    assert "animated.gif" in first
+    assert "first frame" in first
     assert all(line.startswith("note: ") for line in rest)
 
 

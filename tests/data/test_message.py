@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from chiasm.data.message import Part, Record, Turn, from_row, parse_messages, spell_turn, to_row
+from chiasm.data.message import SAMPLING, Part, Record, Turn, from_row, parse_messages, spell_turn, to_row
 from chiasm.errors import DataError
+from chiasm.media.frames import FrameSampling
 
 
 def text(value):
@@ -240,6 +241,24 @@ def test_rows_without_tags_follow_the_official_rule():
     film = from_row(row("What happens?", "Rain.", video="v.mp4", clip=[1, 2]))
     assert spelled(film.turns[0]) == "[v.mp4]\nWhat happens?"
     assert film.extra == {"clip": [1, 2]}
+    assert film.turns[0].parts[0] == Part("video", "v.mp4", {"clip": [1, 2]})
+    assert from_row(row("Q", "A", video="v.mp4", clip=None)).turns[0].parts[0] == Part("video", "v.mp4")
+    assert film.resolved("/data")[0].parts[0] == Part("video", "/data/v.mp4", {"clip": [1, 2]})
+
+
+def test_the_sampling_of_a_video():
+    item = {"type": "video", "video": "a.mp4", "clip": [2, 8], "frames": 16, "other": 1}
+    (turn,) = parse_messages({"role": "user", "content": [item]})
+    assert turn.parts == (Part("video", "a.mp4", {"frames": 16, "clip": [2, 8]}),)
+    assert to_row([Turn("user", (Part("video", "a.mp4", {"clip": (2, 8)}), text("Q")))])["clip"] == [2, 8]
+    with pytest.raises(DataError, match="a row holds the clip of a video, no other sampling"):
+        to_row([turn])
+    with pytest.raises(DataError, match="unknown field 'best' of a video's sampling: use mode, frames"):
+        Part("video", "a.mp4", {"best": 1})
+    with pytest.raises(DataError, match="image parts have no frames to sample: leave out clip"):
+        Part("image", "a.png", {"clip": (1, 2)})
+    fields = tuple(FrameSampling.__dataclass_fields__)
+    assert fields == SAMPLING
 
 
 @pytest.mark.parametrize(

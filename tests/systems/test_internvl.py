@@ -266,6 +266,7 @@ def test_several_turns_and_limits(pair: tuple[torch.nn.Module, ChatModel]) -> No
         "prompt_tokens": len(ours.inputs(messages).token_ids),
         "completion_tokens": 3,
         "tiles": 1,
+        "frames": 0,
     }
     assert reply.finish == "length"
     with pytest.raises(ContextOverflowError, match="512"):

@@ -1,12 +1,14 @@
-"""``chiasm chat [IMAGE ...] "question"``: ask about pictures.
+"""``chiasm chat [IMAGE | VIDEO ...] "question"``: ask about pictures and videos.
 
-Which word is what: the last one is the question unless it names a file or, without white space, ends like a picture's
-name; all before it are pictures. So a mistyped ``phoot.jpg`` is a missing file, and "What is in photo.jpg" a question.
+Which word is what: the last one is the question unless it names a file or, without white space, ends like the name of
+a picture or video; all before it are pictures, videos and folders of frames. So a mistyped ``phoot.jpg`` is a missing
+file, and "What is in photo.jpg" a question. A folder as the last word is one if it is written with a slash at its end.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -14,20 +16,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from chiasm.cli.shown import close_videos, message, open_media, sampling_fields, take_frames
 from chiasm.cli.terminal import note, plain_text, waiting
 from chiasm.errors import DataError, ImageError, UsageError
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from chiasm.model.chat import ChatModel, Reply
 
 __all__ = [
     "IMAGE_SUFFIXES",
+    "SamplingWord",
     "TileMode",
     "chat_command",
     "load_model",
-    "open_pictures",
     "split_words",
     "tell",
 ]
@@ -50,13 +51,21 @@ class TileMode(StrEnum):
     HF = "hf"
 
 
+class SamplingWord(StrEnum):
+    """The modes of `chiasm.media.frames`, likewise."""
+
+    MIDDLE = "middle"
+    RAND = "rand"
+    FPS = "fps"
+
+
 def chat_command(
     words: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="IMAGE_OR_QUESTION",
-            help="Pictures (files, URLs), then the question; without one it is read from stdin, "
-            "or asked for at a terminal.",
+            metavar="IMAGE_VIDEO_OR_QUESTION",
+            help="Pictures and videos (files, URLs, folders of frames), then the question; without one it is read "
+            "from stdin, or asked for at a terminal.",
             show_default=False,
         ),
     ] = None,
@@ -76,7 +85,7 @@ def chat_command(
     top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this total share.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="Sample from so many likeliest tokens; 0: from all.")] = 0,
     repetition_penalty: Annotated[float, typer.Option(help="Above 1 makes repetitions rarer.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the sampling, of tokens and of frames.")] = 0,
     stop: Annotated[
         list[str] | None, typer.Option(metavar="TEXT", help="End the answer before this text (repeatable).")
     ] = None,
@@ -93,6 +102,27 @@ def chat_command(
             "as stored, like the released pipelines, and with hf each may have --max-tiles.",
         ),
     ] = None,
+    frames: Annotated[
+        int | None,
+        typer.Option(
+            help="Frames taken of each video (default 8); with --sampling fps the most that are (64)."
+        ),
+    ] = None,
+    sampling: Annotated[
+        SamplingWord | None,
+        typer.Option(
+            metavar="MODE",
+            help="Which frames: middle (default) spreads them evenly, rand takes one at random of each of N stretches, "
+            "fps takes so many a second.",
+        ),
+    ] = None,
+    fps: Annotated[
+        float | None,
+        typer.Option(metavar="RATE", help="Frames a second (1 with --sampling fps, which this implies)."),
+    ] = None,
+    clip: Annotated[
+        str | None, typer.Option(metavar="START:END", help="The part of each video in seconds, as 2:8.")
+    ] = None,
     dtype: Annotated[
         str | None, typer.Option(metavar="NAME", help="float32, bfloat16, float16; default: as stored.")
     ] = None,
@@ -104,10 +134,12 @@ def chat_command(
         bool, typer.Option("--deterministic", help="The same bits whatever else is answered with it.")
     ] = False,
 ) -> None:
-    """Ask a question about pictures.
+    """Ask a question about pictures and videos.
 
-    chiasm chat photo.jpg "What is this?" prints the answer. Several pictures are fine. Without a question, a
-    conversation begins: /image FILE shows a picture, /reset forgets everything, /quit ends.
+    chiasm chat photo.jpg "What is this?" prints the answer; chiasm chat clip.mp4 "What happens?" shows frames of a
+    video. Several of both are fine, and a folder of pictures is a video. So is an animated GIF, WebP or PNG file, where an
+    option about frames is given; otherwise its first frame is shown. Without a question, a conversation begins:
+    /image FILE and /video FILE show something, /reset forgets everything, /quit ends.
     """
     given, question = split_words(words or [])
     interactive = question is None and sys.stdin.isatty()
@@ -128,36 +160,45 @@ def chat_command(
         "stop": tuple(stop or ()),
     }
     mode = None if tile_mode is None else tile_mode.value
-    # Known before the model is: a picture from a pipe cannot be opened a second time.
-    pictures = open_pictures(given, orient=mode in (None, "chiasm"))
-    chosen = load_model(
-        model,
-        options,
-        dtype=dtype,
-        device=device,
-        deterministic=deterministic,
-        system=system,
-        template=template,
-        max_tiles=max_tiles,
-        mode=mode,
+    fields = sampling_fields(
+        frames=frames, mode=None if sampling is None else sampling.value, fps=fps, clip=clip, seed=seed
     )
+    # Known before the model is: a picture from a pipe cannot be opened a second time.
+    opened = open_media(given, orient=mode in (None, "chiasm"), animations=bool(fields))
+    try:
+        _check_films(opened, fields, draw, interactive)
+        chosen = load_model(
+            model,
+            options,
+            dtype=dtype,
+            device=device,
+            deterministic=deterministic,
+            system=system,
+            template=template,
+            max_tiles=max_tiles,
+            mode=mode,
+        )
+        shown = take_frames(opened, chosen, fields)
+    finally:
+        close_videos(opened)
     flowing = not as_json and (sys.stdout.isatty() if stream is None else stream)
     if interactive:
         from chiasm.cli.repl import converse
 
-        converse(chosen, pictures, options, as_json=as_json, flowing=flowing)
+        converse(chosen, shown, options, as_json=as_json, flowing=flowing, sampling=fields)
         return
     assert question is not None
-    reply = tell(chosen, question, pictures, options, as_json=as_json, flowing=flowing)
+    asked = [message(question, shown)] if shown else question
+    reply = tell(chosen, asked, options, as_json=as_json, flowing=flowing)
     if draw is not None:
-        _draw(draw, pictures[0], reply)
+        _draw(draw, shown[0], reply)
 
 
 def split_words(words: list[str]) -> tuple[list[str], str | None]:
-    """Pictures and question; the question is None when it is to be read from elsewhere.
+    """Pictures or videos and question; the question is None when it is to be read from elsewhere.
 
     Raises:
-        UsageError: a word before the last is neither a picture nor looks like one; the question is empty.
+        UsageError: a word before the last is neither a file nor looks like a picture or video; the question is empty.
         DataError: the question is not text in UTF-8.
     """
     if not words:
@@ -170,7 +211,7 @@ def split_words(words: list[str]) -> tuple[list[str], str | None]:
     for word in pictures:
         if not _is_picture(word):
             raise UsageError(
-                f"{word}: no such file; write the pictures first, then the question as one word in quotes"
+                f"{word}: no such file; write pictures and videos first, then the question as one word in quotes"
             )
     return pictures, question
 
@@ -178,11 +219,12 @@ def split_words(words: list[str]) -> tuple[list[str], str | None]:
 def _is_question(word: str) -> bool:
     """Whether the last word is the question: no file, and either white space in it or nothing like a picture's name.
 
-    A folder's name is a question too, for no folder is a picture; pipes are files here.
+    A folder's name is a question too (it may be any word), unless a slash at its end says what it is; pipes are files
+    here.
     """
     try:
         path = Path(word)
-        if path.exists() and not path.is_dir():
+        if path.exists() and (not path.is_dir() or word.endswith(("/", os.sep))):
             return False
     except (OSError, ValueError):  # too long or impossible for a name
         pass
@@ -190,7 +232,7 @@ def _is_question(word: str) -> bool:
 
 
 def _is_picture(word: str) -> bool:
-    """Whether a word in front is meant as a picture: something that exists, a URL, or by its ending."""
+    """Whether a word in front is meant as a picture or video: something that exists, a URL, or by its ending."""
     if _looks_like_picture(word):
         return True
     try:
@@ -200,12 +242,13 @@ def _is_picture(word: str) -> bool:
 
 
 def _looks_like_picture(word: str) -> bool:
-    """Whether a word is a URL or ends like a picture's name."""
+    """Whether a word is a URL or ends like the name of a picture or video."""
     from chiasm.media.fetch import is_url
+    from chiasm.media.video import VIDEO_SUFFIXES
 
     if is_url(word):
         return not any(c.isspace() for c in word)
-    return Path(word).suffix.lower() in IMAGE_SUFFIXES
+    return Path(word).suffix.lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES
 
 
 def checked_question(text: str) -> str:
@@ -240,18 +283,6 @@ def read_question() -> str:
     return text.removesuffix("\n").removesuffix("\r")
 
 
-def open_pictures(given: list[str], *, orient: bool = True) -> list[Image]:
-    """Open all pictures before any model is loaded: what is wrong with them is known at once.
-
-    Args:
-        given: files and URLs.
-        orient: turn them upright by EXIF; must be what the model's tile policy says.
-    """
-    from chiasm.media.image import open_image
-
-    return [open_image(word, orient=orient) for word in given]
-
-
 def load_model(name: str, options: dict[str, Any], **given: Any) -> ChatModel:
     """Load a model by name or folder; the options of its answers are checked before that."""
     with waiting(f"loading {name}"):
@@ -265,7 +296,6 @@ def load_model(name: str, options: dict[str, Any], **given: Any) -> ChatModel:
 def tell(
     model: ChatModel,
     messages: Any,
-    pictures: list[Image],
     options: dict[str, Any],
     *,
     as_json: bool,
@@ -274,7 +304,7 @@ def tell(
     """Print the answer to stdout, whole or as it comes, and return it."""
     if flowing:
         safe = sys.stdout.isatty()
-        pieces = model.stream(messages, pictures, **options)
+        pieces = model.stream(messages, **options)
         while True:
             try:
                 piece = next(pieces)
@@ -284,7 +314,7 @@ def tell(
             print(plain_text(piece) if safe else piece, end="", flush=True)
         print(flush=True)
     else:
-        reply = model.chat(messages, pictures, **options)
+        reply = model.chat(messages, **options)
         if as_json:
             print(json.dumps(reply.to_dict(), ensure_ascii=False), flush=True)
             return reply
@@ -310,7 +340,23 @@ def _check_draw(draw: Path | None, given: list[str], interactive: bool) -> None:
         raise UsageError(f"--draw {draw}: there is no folder {draw.parent}")
 
 
-def _draw(file: Path, picture: Image, reply: Reply) -> None:
+def _check_films(opened: list[Any], fields: dict[str, Any], draw: Path | None, interactive: bool) -> None:
+    """Everything about videos that can be known before the model runs."""
+    from chiasm.media.frames import FrameSampling
+    from chiasm.media.video import Video
+
+    videos = [medium for medium in opened if isinstance(medium, Video)]
+    if draw is not None and videos:
+        raise UsageError("--draw needs one picture and a question")
+    if fields and not videos and not interactive:
+        raise UsageError(
+            "--frames, --sampling, --fps and --clip are for videos: name one, a folder or an animation"
+        )
+    for video in videos:
+        video.plan(FrameSampling(**fields))
+
+
+def _draw(file: Path, picture: Any, reply: Reply) -> None:
     from chiasm.media.boxes import draw_boxes
 
     try:

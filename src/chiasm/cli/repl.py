@@ -7,21 +7,29 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from chiasm.cli.chat import checked_question, tell
+from chiasm.cli.shown import close_videos, message, open_media, take_frames
 from chiasm.cli.terminal import fail, note, paint
 from chiasm.errors import ChiasmError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from chiasm.media.frames import Frames
     from chiasm.model.chat import ChatModel
 
 __all__ = ["converse"]
 
-HELP = "/image FILE shows a picture with the next question; /reset forgets everything; /quit or Ctrl-D ends"
+HELP = "/image FILE or /video FILE is shown with the next question; /reset forgets everything; /quit or Ctrl-D ends"
 
 
 def converse(
-    model: ChatModel, pictures: list[Image], options: dict[str, Any], *, as_json: bool, flowing: bool
+    model: ChatModel,
+    pictures: list[Image | Frames],
+    options: dict[str, Any],
+    *,
+    as_json: bool,
+    flowing: bool,
+    sampling: dict[str, Any] | None = None,
 ) -> None:
     """Read questions from the terminal and answer them until /quit or the end of input.
 
@@ -45,7 +53,7 @@ def converse(
             command, _, rest = line.partition(" ")
             if command in ("/quit", "/exit"):
                 return
-            _obey(command, rest.strip(), model, said, shown)
+            _obey(command, rest.strip(), model, said, shown, sampling or {})
         elif line:
             _turn(model, line, said, shown, options, as_json=as_json, flowing=flowing)
 
@@ -58,20 +66,38 @@ def _ask() -> str:
     return input(prompt).strip()
 
 
-def _obey(command: str, rest: str, model: ChatModel, said: list[dict[str, Any]], shown: list[Image]) -> None:
+def _obey(
+    command: str,
+    rest: str,
+    model: ChatModel,
+    said: list[dict[str, Any]],
+    shown: list[Image | Frames],
+    sampling: dict[str, Any],
+) -> None:
     if command == "/reset":
         said.clear()
         shown.clear()
         note("everything is forgotten")
-    elif command == "/image" and rest:
-        from chiasm.media.image import open_image
+    elif command in ("/image", "/video") and rest:
+        from chiasm.media.frames import Frames
 
+        # Either word takes both, as a file says itself what it is; only an animated picture may be either.
+        opened: list[Any] = []
         try:
-            shown += [open_image(word, orient=model.spec.tiles.orient) for word in _file_names(rest)]
+            opened += open_media(
+                _file_names(rest), orient=model.spec.tiles.orient, animations=command == "/video"
+            )
+            shown += take_frames(opened, model, sampling)
         except ChiasmError as error:
             fail(str(error))
             return
-        note(f"{len(shown)} picture(s) will be shown with the next question")
+        finally:
+            close_videos(opened)
+        films = sum(isinstance(medium, Frames) for medium in shown)
+        counted = [f"{len(shown) - films} picture(s)"] * (len(shown) > films) + [f"{films} video(s)"] * (
+            films > 0
+        )
+        note(f"{' and '.join(counted)} will be shown with the next question")
     else:
         note(HELP)
 
@@ -80,7 +106,7 @@ def _file_names(rest: str) -> list[str]:
     """One name, blanks and all, or several in the shell's spelling."""
     from pathlib import Path
 
-    if Path(rest).expanduser().is_file():
+    if Path(rest).expanduser().exists():
         return [str(Path(rest).expanduser())]
     try:
         return [str(Path(word).expanduser()) for word in shlex.split(rest)]
@@ -92,7 +118,7 @@ def _turn(
     model: ChatModel,
     line: str,
     said: list[dict[str, Any]],
-    shown: list[Image],
+    shown: list[Image | Frames],
     options: dict[str, Any],
     *,
     as_json: bool,
@@ -100,11 +126,9 @@ def _turn(
 ) -> None:
     """Answer one line; on success both sides are remembered and the pictures are part of the conversation."""
     before = len(said)  # Ctrl-C may come before or after either side is noted down
-    parts: list[dict[str, Any]] = [{"type": "image", "image": picture} for picture in shown]
     try:
-        parts.append({"type": "text", "text": checked_question(line)})
-        said.append({"role": "user", "content": parts})
-        reply = tell(model, said, [], options, as_json=as_json, flowing=flowing)
+        said.append(message(checked_question(line), shown))
+        reply = tell(model, said, options, as_json=as_json, flowing=flowing)
         said.append({"role": "assistant", "content": reply.text})
     except ChiasmError as error:
         del said[before:]

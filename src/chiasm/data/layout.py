@@ -6,21 +6,28 @@ Every picture becomes `<img>`, then K rows of `<IMG_CONTEXT>` for each of its ti
 `</img>`. Only the context rows stand for media (`kind_T == IMAGE`); an embedder overwrites them. One function lays
 out training and inference, so the text that a model is asked is the text that it was taught.
 
+A video becomes its sampled frames, each a picture of one tile with a tag of its own ("Frame1: ", spelled as
+`LayoutSpec.frame_tags` says), numbered anew in every video. Frames are media of their own, media["video"] with the
+time of each, `kind_T == VIDEO`, one Span a frame; the spans of one video have one `group`. They take no part in the
+tile budget of the pictures.
+
 Rules
 - The texts of a conversation must not spell `<img>`, `</img>` or `<IMG_CONTEXT>`, in any turn: such rows would claim
   to be a picture. They are refused by name. Other special tokens in a text (`<|im_end|>`) keep their meaning, as in
   the released code; who serves strangers and does not want that filters them before.
 - Nothing is ever cut off. What does not fit in `max_length` is an error that says what would help.
-- Counting (`count_tokens`) and laying out share all code but the pixels, so they agree on every sequence.
+- Counting (`count_tokens`) and laying out share all code but the pixels, so they agree on every sequence. What a video
+  has to offer is known from its time stamps; its frames are decoded when it is certain that they fit.
 
-Legend: T rows, K rows a tile, N tiles of all pictures, S side of a tile in pixels.
+Legend: T rows, K rows a tile, N tiles of all pictures, F frames of all videos, S side of a tile in pixels.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
 
@@ -29,14 +36,16 @@ from PIL.Image import Image
 from torch import Tensor
 
 from chiasm.data.message import Part, Turn, parse_messages, spell_turn
-from chiasm.data.sequence import IMAGE, TEXT, MediaBatch, Sequence, Span
+from chiasm.data.sequence import IMAGE, TEXT, VIDEO, MediaBatch, Sequence, Span
 from chiasm.errors import ConfigError, ContextOverflowError, DataError, TemplateError
+from chiasm.media.frames import FrameSampling
 from chiasm.media.image import open_image
 from chiasm.media.size import image_size
 from chiasm.media.tiles import TilePolicy
+from chiasm.media.video import Video, open_video
 from chiasm.nn.losses import token_weights
 from chiasm.text.labels import encode_pieces, official_labels, shift
-from chiasm.text.templates import Piece, Template, get_template, join
+from chiasm.text.templates import FrameTags, Piece, Template, get_frame_tags, get_template, join
 from chiasm.text.tokenizer import Tokenizer
 
 __all__ = ["LayoutSpec", "count_tokens", "layout", "prompt_text"]
@@ -56,6 +65,10 @@ class LayoutSpec:
         system: system message instead of the template's; "" for none. A system turn wins over it.
         loss_power: p of the loss weight x^-p of every learned row, x the number of learned rows of the sample
             (0 weighs tokens equally, 1 samples, 0.5 is the square-root compromise of InternVL 2.5).
+        sampling: which frames of a video are taken, unless its part says so itself. Default: 8 frames by the formula
+            of the template's source (transformers' with `frames="hf"` there, else the release's).
+        frame_tags: how frames are spelled, "docs", "hf" or "training" (`chiasm.text.templates.FRAME_TAGS`). Default:
+            the template's own, which is "docs" for all but `internvl-hf`.
     """
 
     tokenizer: Tokenizer
@@ -68,9 +81,12 @@ class LayoutSpec:
     max_length: int | None = None
     system: str | None = None
     loss_power: float = 0.5
+    sampling: FrameSampling | None = None
+    frame_tags: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "template", get_template(self.template))
+        _ = self.frame_spelling
         if self.tokens_per_tile < 1:
             raise ConfigError(f"tokens_per_tile must be at least 1, found {self.tokens_per_tile}")
         if self.max_length is not None and self.max_length < 1:
@@ -84,6 +100,19 @@ class LayoutSpec:
     def image_tokens(self) -> tuple[str, str, str]:
         """Start, context and end token, in the order in which a picture has them."""
         return self.image_start, self.image_context, self.image_end
+
+    @property
+    def frame_spelling(self) -> FrameTags:
+        """How frames are spelled; ConfigError for an unknown name."""
+        return get_frame_tags(self.frame_tags or self.template.frames)
+
+    def frame_sampling(self, part: Part) -> FrameSampling:
+        """Which frames of a video part are taken; ConfigError when its fields cannot be."""
+        formula = "hf" if self.template.frames == "hf" else "original"
+        asked = dict(part.sampling)
+        if "fps" in asked:
+            asked.setdefault("mode", "fps")
+        return replace(self.sampling or FrameSampling(formula=formula), **asked)
 
     @property
     def context_id(self) -> int:
@@ -111,12 +140,43 @@ class LayoutSpec:
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
-    """A laid-out conversation without its pixels. `starts` are the first context rows of the pictures."""
+    """A laid-out conversation without its pixels. `starts` are the first context rows of each picture and frame, in
+    reading order, `kinds` says which of the two it is.
+    """
 
     ids: list[int]
     learned: list[bool]
     starts: list[int]
     lengths: list[int]
+    kinds: list[str]
+
+    def places(self, kind: str) -> list[tuple[int, int]]:
+        """(start, length) of every picture or of every frame."""
+        return [
+            (start, length)
+            for start, length, own in zip(self.starts, self.lengths, self.kinds, strict=True)
+            if own == kind
+        ]
+
+
+@dataclass(slots=True)
+class _Films:
+    """The opened videos of a conversation and the indices of the frames to take, in reading order."""
+
+    videos: list[Video] = field(default_factory=list)
+    plans: list[list[int]] = field(default_factory=list)
+
+    @property
+    def counts(self) -> list[int]:
+        """Frames of each video."""
+        return [len(plan) for plan in self.plans]
+
+    def batch(self, tiles: TilePolicy) -> tuple[MediaBatch, list[int]]:
+        """Decode: (F, 3, S, S) with times, and the number of the video that each frame is from."""
+        taken = [video.read(plan) for video, plan in zip(self.videos, self.plans, strict=True)]
+        data = torch.cat([tiles.tile(image, 1) for frames in taken for image in frames.images])
+        times = torch.tensor([when for frames in taken for when in frames.times], dtype=torch.float32)
+        return MediaBatch(data, times), [n for n, frames in enumerate(taken) for _ in frames.times]
 
 
 def layout(
@@ -126,6 +186,7 @@ def layout(
     train: bool = False,
     generate: bool | None = None,
     opener: Callable[..., Image] = open_image,
+    video_opener: Callable[..., Video] = open_video,
 ) -> Sequence:
     """Lay out a conversation as one document.
 
@@ -135,32 +196,47 @@ def layout(
         train: make labels and loss weights; answers are learned with their stop token.
         generate: append the header of an answer. Default: when the last turn is the user's and this is not training.
         opener: opens a picture, called as `opener(source, orient=...)`. A server passes one that refuses paths.
+        video_opener: opens a video, called as `video_opener(source, folder_fps=...)`; likewise.
 
     Returns:
-        A Sequence with media["image"] (N, 3, S, S) uint8 if there are pictures (else no media), and one Span a
-        picture, whose key is a hash of its tiles.
+        A Sequence with media["image"] (N, 3, S, S) uint8 if there are pictures and media["video"] (F, 3, S, S) uint8
+        with times if there are videos; one Span a picture and one a frame, whose key is a hash of its tiles.
 
     Raises:
         DataError: malformed messages, a reserved token in a text, parts that are no text or user's picture, or, in
             training, no answer to learn.
         TemplateError: the tokenizer lacks the image tokens.
-        ImageError: a picture cannot be read.
+        ImageError: a picture or video cannot be read.
+        ConfigError: a video part asks for frames in a way that cannot be.
+        MissingExtraError: a video needs PyAV.
         ContextOverflowError: T is above `max_length`.
     """
     turns = parse_messages(messages)
-    images = [opener(part.value, orient=spec.tiles.orient) for part in _pictures(turns)]
-    counts = spec.tiles.counts(image.size for image in images)
-    rows = _lay_rows(turns, spec, counts, train, generate)
-    _check_length(rows, spec, counts)
-    if train and not any(rows.learned):
-        raise DataError("nothing to learn: a training conversation needs an assistant turn")
     spans: list[Span] = []
     media: dict[str, MediaBatch] = {}
+    images = [opener(part.value, orient=spec.tiles.orient) for part in _media(turns)["image"]]
+    counts = spec.tiles.counts(image.size for image in images)
+    with ExitStack() as opened:
+        films = _open_films(turns, spec, video_opener, opened)
+        rows = _lay_rows(turns, spec, counts, films.counts, train, generate)
+        _check_length(rows, spec, counts, films.counts)
+        if train and not any(rows.learned):
+            raise DataError("nothing to learn: a training conversation needs an assistant turn")
+        if films.videos:
+            batch, groups = films.batch(spec.tiles)
+            for n, (start, length) in enumerate(rows.places("video")):
+                key = _key(batch.data[n : n + 1])
+                spans.append(
+                    Span(
+                        media="video", start=start, length=length, first=n, items=1, key=key, group=groups[n]
+                    )
+                )
+            media["video"] = batch
     if images:
         limit = spec.tiles.budget(len(images))
         tiles = [spec.tiles.tile(image, limit) for image in images]
         firsts = accumulate((len(group) for group in tiles), initial=0)
-        for group, first, start, length in zip(tiles, firsts, rows.starts, rows.lengths, strict=False):
+        for group, first, (start, length) in zip(tiles, firsts, rows.places("image"), strict=False):
             span = Span(
                 media="image", start=start, length=length, first=first, items=len(group), key=_key(group)
             )
@@ -169,7 +245,7 @@ def layout(
     T = len(rows.ids)
     kind_T = torch.full((T,), TEXT, dtype=torch.int8)
     for span in spans:
-        kind_T[span.start : span.start + span.length] = IMAGE
+        kind_T[span.start : span.start + span.length] = VIDEO if span.media == "video" else IMAGE
     labels_T = weight_T = None
     doc_T = torch.zeros(T, dtype=torch.int32)
     if train:
@@ -182,7 +258,7 @@ def layout(
         pos_T=torch.arange(T, dtype=torch.float32),
         labels_T=labels_T,
         weight_T=weight_T,
-        spans=tuple(spans),
+        spans=tuple(sorted(spans, key=lambda span: span.start)),
         media=media,
     )
 
@@ -192,6 +268,7 @@ def count_tokens(
     spec: LayoutSpec,
     *,
     sizes: Iterable[tuple[int, int]] | None = None,
+    frames: Iterable[int] | None = None,
     train: bool = False,
     generate: bool | None = None,
 ) -> int:
@@ -201,11 +278,12 @@ def count_tokens(
         messages: anything that `parse_messages` reads.
         spec: the rules.
         sizes: (width, height) in pixels of every picture in order, upright; default: read from the pictures' headers.
+        frames: how many are taken of every video in order; default: from the videos' time stamps.
         train: as in `layout`.
         generate: as in `layout`.
     """
     turns = parse_messages(messages)
-    pictures = _pictures(turns)
+    pictures = _media(turns)["image"]
     found = (
         list(sizes)
         if sizes is not None
@@ -213,32 +291,77 @@ def count_tokens(
     )
     if len(found) != len(pictures):
         raise DataError(f"{len(pictures)} picture(s) but {len(found)} size(s): give one (width, height) each")
-    return len(_lay_rows(turns, spec, spec.tiles.counts(found), train, generate).ids)
+    shots = _count_frames(turns, spec, frames)
+    return len(_lay_rows(turns, spec, spec.tiles.counts(found), shots, train, generate).ids)
 
 
-def prompt_text(messages: Any, spec: LayoutSpec, *, train: bool = False, generate: bool | None = None) -> str:
-    """The text that is tokenised, each picture written as start, one context and end token; no begin token."""
-    return join(_render(parse_messages(messages), spec, train, generate))
+def prompt_text(
+    messages: Any,
+    spec: LayoutSpec,
+    *,
+    frames: Iterable[int] | None = None,
+    train: bool = False,
+    generate: bool | None = None,
+) -> str:
+    """The text that is tokenised, each picture and frame written as start, one context and end token; no begin token.
+
+    `frames` are as in `count_tokens`.
+    """
+    turns = parse_messages(messages)
+    return join(_render(turns, spec, _count_frames(turns, spec, frames), train, generate)[0])
 
 
-def _pictures(turns: list[Turn]) -> list[Part]:
-    """The image parts in reading order; DataError for parts that cannot be laid out."""
+def _media(turns: list[Turn]) -> dict[str, list[Part]]:
+    """The image and video parts in reading order; DataError for parts that cannot be laid out."""
     for n, turn in enumerate(turns):
         for part in turn.parts:
-            if part.kind == "image" and turn.role != "user":
+            if part.kind in ("image", "video") and turn.role != "user":
+                what, whats = ("picture", "pictures") if part.kind == "image" else ("video", "videos")
                 raise DataError(
-                    f"messages[{n}]: a picture in a turn of role {turn.role}: only users show pictures"
+                    f"messages[{n}]: a {what} in a turn of role {turn.role}: only users show {whats}"
                 )
-            if part.kind not in ("text", "image"):
-                remedy = "give its frames as images" if part.kind == "video" else "write it as text"
-                raise DataError(f"messages[{n}]: {part.kind} parts cannot be laid out: {remedy}")
-    return [part for turn in turns for part in turn.of_kind("image")]
+            if part.kind not in ("text", "image", "video"):
+                raise DataError(f"messages[{n}]: {part.kind} parts cannot be laid out: write it as text")
+    return {
+        "image": [part for turn in turns for part in turn.of_kind("image")],
+        "video": [part for turn in turns for part in turn.of_kind("video")],
+    }
 
 
-def _render(turns: list[Turn], spec: LayoutSpec, train: bool, generate: bool | None) -> list[Piece]:
-    """Spell the conversation with one context token a picture."""
+def _open_films(
+    turns: list[Turn], spec: LayoutSpec, opener: Callable[..., Video], opened: ExitStack
+) -> _Films:
+    """Open every video, to be closed with `opened`, and choose its frames; nothing is decoded."""
+    films = _Films()
+    for part in _media(turns)["video"]:
+        sampling = spec.frame_sampling(part)
+        video = opened.enter_context(opener(part.value, folder_fps=sampling.folder_fps))
+        # Who gives a list of pictures has chosen them; a sampling of the part's own chooses among them again.
+        as_given = video.whole and not part.sampling
+        films.videos.append(video)
+        films.plans.append(list(range(len(video))) if as_given else video.plan(sampling))
+    return films
+
+
+def _count_frames(turns: list[Turn], spec: LayoutSpec, given: Iterable[int] | None) -> list[int]:
+    """Frames of each video, as told or as found."""
+    if given is None:
+        with ExitStack() as opened:
+            return _open_films(turns, spec, open_video, opened).counts
+    found, videos = list(given), _media(turns)["video"]
+    if len(found) != len(videos):
+        raise DataError(f"{len(videos)} video(s) but {len(found)} number(s) of frames: give one each")
+    return found
+
+
+def _render(
+    turns: list[Turn], spec: LayoutSpec, frames: list[int], train: bool, generate: bool | None
+) -> tuple[list[Piece], list[str]]:
+    """Spell the conversation with one context token a picture or frame; the kinds say which of the two each is."""
     picture = "".join(spec.image_tokens)
     spoken: list[tuple[str, str]] = []
+    kinds: list[str] = []
+    left = iter(frames)
     seen = 0
     for n, turn in enumerate(turns):
         for token in spec.image_tokens:
@@ -248,26 +371,43 @@ def _render(turns: list[Turn], spec: LayoutSpec, train: bool, generate: bool | N
                 )
         spelled = spell_turn(turn, before=seen, numbered=spec.template.numbered, where=f"messages[{n}]")
         seen += len(turn.of_kind("image"))
-        spoken.append((turn.role, "".join(picture if isinstance(part, Part) else part for part in spelled)))
+        text, closed = "", False
+        for part in spelled:
+            if not isinstance(part, Part):
+                # A closed spelling of frames ends in the newline that follows a video.
+                text += part.removeprefix("\n") if closed else part
+                closed = False
+                continue
+            count = 1 if part.kind == "image" else next(left)
+            kinds += [part.kind] * count
+            closed = part.kind == "video" and spec.frame_spelling.closed
+            text += picture if part.kind == "image" else spec.frame_spelling.spell(picture, count)
+        spoken.append((turn.role, text))
     if generate is None:
         generate = not train and turns[-1].role == "user"
-    return spec.template.render(spoken, system=spec.system, generate=generate, train=train)
+    return spec.template.render(spoken, system=spec.system, generate=generate, train=train), kinds
 
 
 def _lay_rows(
-    turns: list[Turn], spec: LayoutSpec, counts: list[int], train: bool, generate: bool | None
+    turns: list[Turn],
+    spec: LayoutSpec,
+    counts: list[int],
+    frames: list[int],
+    train: bool,
+    generate: bool | None,
 ) -> _Rows:
-    """Tokenise, then give every picture its rows: `counts` tiles of K rows each."""
-    pieces = _render(turns, spec, train, generate)
+    """Tokenise, then give every picture its rows: `counts` tiles of K rows each, one tile to a frame."""
+    pieces, kinds = _render(turns, spec, frames, train, generate)
     ids, learned = encode_pieces(pieces, spec.tokenizer.encode, bos=spec.bos_id)
-    lengths = [count * spec.tokens_per_tile for count in counts]
-    if not counts:
-        return _Rows(ids, learned, [], [])
+    left = iter(counts)
+    lengths = [spec.tokens_per_tile * (next(left) if kind == "image" else 1) for kind in kinds]
+    if not kinds:
+        return _Rows(ids, learned, [], [], [])
     context = spec.context_id
     found = [t for t, index in enumerate(ids) if index == context]
-    if len(found) != len(counts):
+    if len(found) != len(kinds):
         raise TemplateError(
-            f"{len(counts)} picture(s) became {len(found)} {spec.image_context} token(s): "
+            f"{len(kinds)} picture(s) became {len(found)} {spec.image_context} token(s): "
             "the tokenizer must treat the image tokens as special"
         )
     starts: list[int] = []
@@ -281,18 +421,26 @@ def _lay_rows(
         out_ids += [context] * length
         out_learned += [False] * length
         done = t + 1
-    return _Rows(out_ids + ids[done:], out_learned + learned[done:], starts, lengths)
+    return _Rows(out_ids + ids[done:], out_learned + learned[done:], starts, lengths, kinds)
 
 
-def _check_length(rows: _Rows, spec: LayoutSpec, counts: list[int]) -> None:
+def _check_length(rows: _Rows, spec: LayoutSpec, counts: list[int], frames: list[int]) -> None:
     length = len(rows.ids)
     if spec.max_length is None or length <= spec.max_length:
         return
     remedy = "shorten the conversation"
     if counts:
+        taken = sum(length for _, length in rows.places("image"))
         remedy = (
-            f"{sum(rows.lengths)} of them are {sum(counts)} image tiles, so use fewer tiles "
+            f"{taken} of them are {sum(counts)} image tiles, so use fewer tiles "
             f"(max_tiles is {spec.tiles.max_tiles}), fewer images, or a shorter conversation"
+        )
+    if frames:
+        taken = sum(length for _, length in rows.places("video"))
+        rest = f", and {sum(counts)} image tiles" if counts else ""
+        remedy = (
+            f"{taken} of them are {sum(frames)} video frames{rest}, so use fewer frames, fewer images, "
+            "or a shorter conversation"
         )
     raise ContextOverflowError(
         f"the conversation takes {length} tokens but the limit is {spec.max_length}: {remedy}"

@@ -9,6 +9,10 @@ Pictures and `<image>` tags (fact sheet InternVL 2.5, sections 2.9 and 3.1). Wit
 - if it has none, its pictures stand where their parts stand, each followed by a newline; several of them are
   introduced as `Image-1: `, `Image-2: `, … (counted through the conversation) where the template numbers pictures.
 In system and assistant turns a tag is plain text. `<video>` tags likewise, in turns that hold videos.
+
+A video part may say which frames are to be taken: fields of `chiasm.media.frames.FrameSampling` beside its source,
+{"type": "video", "video": "a.mp4", "clip": [2, 8], "frames": 16}. They win over what the layout does by default; `fps`
+alone means the mode of that name. A row's `clip` is that of its video.
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ from chiasm.errors import DataError
 from chiasm.media.fetch import is_url
 from chiasm.text.templates import ROLES
 
-__all__ = ["Kind", "Part", "Record", "Turn", "from_row", "parse_messages", "spell_turn", "to_row"]
+__all__ = ["SAMPLING", "Kind", "Part", "Record", "Turn", "from_row", "parse_messages", "spell_turn", "to_row"]
 
 Kind = Literal["text", "image", "video", "points", "box", "mask", "codes"]
 KINDS: tuple[str, ...] = get_args(Kind)
@@ -38,18 +42,33 @@ _ROW_NAMES = {role: name for name, role in _ROW_ROLES.items()}
 _VALUE_KEYS = {"image": ("image", "path", "url"), "video": ("video", "path", "url")}
 
 
+SAMPLING = ("mode", "frames", "fps", "min_frames", "max_frames", "clip", "seed", "formula", "folder_fps")
+"""Fields by which a video part says which of its frames are taken; those of `FrameSampling`."""
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One piece of a turn. `value` is a str for text; the source (path, URL, PIL image, …) or the data otherwise."""
+    """One piece of a turn. `value` is a str for text; the source (path, URL, PIL image, …) or the data otherwise.
+
+    `sampling` are fields of a video's frame sampling (see `SAMPLING`); empty: what the layout does by default.
+    """
 
     kind: Kind
     value: Any
+    sampling: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise DataError(f"unknown part kind {self.kind!r}: use one of {', '.join(KINDS)}")
         if self.kind == "text" and not isinstance(self.value, str):
             raise DataError(f"a text part must hold a str, not {type(self.value).__name__}")
+        if self.sampling and self.kind != "video":
+            raise DataError(
+                f"{self.kind} parts have no frames to sample: leave out {', '.join(self.sampling)}"
+            )
+        for name in self.sampling:
+            if name not in SAMPLING:
+                raise DataError(f"unknown field {name!r} of a video's sampling: use {', '.join(SAMPLING)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +122,7 @@ class Record:
             value = part.value
             if part.kind not in _TAGS or not isinstance(value, str | Path) or is_url(str(value)):
                 return part
-            return Part(part.kind, str(Path(root) / value))
+            return Part(part.kind, str(Path(root) / value), part.sampling)
 
         return [Turn(turn.role, tuple(map(place, turn.parts)), turn.extra) for turn in self.turns]
 
@@ -213,7 +232,8 @@ def _read_part(item: Any, where: str) -> Part:
         raise DataError(f"{where}.{name} must be a str, not {type(value).__name__}")
     if value is None or (kind != "text" and isinstance(value, str | bytes) and not value):
         raise DataError(f"{where}.{name} is missing or empty")
-    return Part(kind, value)  # type: ignore[arg-type]
+    sampling = {key: item[key] for key in SAMPLING if key in item} if kind == "video" else {}
+    return Part(kind, value, sampling)  # type: ignore[arg-type]
 
 
 # Pictures and tags -----------------------------------------------------------------------------------------------
@@ -311,8 +331,10 @@ def from_row(row: Mapping[str, Any], *, where: str = "row") -> Record:
         said.append((_ROW_ROLES[role], value, rest))
     kind, sources, taken = _row_media(row, where)
     given = _hand_out(kind, sources, said, where)
+    # Null is how writers of such rows spell "the whole video".
+    clip = {"clip": row["clip"]} if kind == "video" and row.get("clip") is not None else {}
     turns = tuple(
-        Turn(role, (*(Part(kind, source) for source in mine), Part("text", value)), rest)
+        Turn(role, (*(Part(kind, source, clip) for source in mine), Part("text", value)), rest)
         for (role, value, rest), mine in zip(said, given, strict=True)
     )
     for n, turn in enumerate(turns):
@@ -375,11 +397,12 @@ def to_row(record: Record | Sequence[Turn], *, where: str = "record") -> dict[st
 
     Raises:
         DataError: what the format cannot hold: media in other than user turns, media without a path, pictures together
-            with a video, several videos, other parts than text, image, video.
+            with a video, several videos, other sampling than a clip, other parts than text, image, video.
     """
     if not isinstance(record, Record):
         record = Record(turns=tuple(record))
     sources: dict[str, list[str]] = {"image": [], "video": []}
+    clips: list[Any] = []
     talk: list[dict[str, Any]] = []
     seen = 0
     for n, turn in enumerate(record.turns):
@@ -396,6 +419,9 @@ def to_row(record: Record | Sequence[Turn], *, where: str = "record") -> dict[st
                     f"{at}: a row holds paths, not {type(part.value).__name__}: save the {part.kind} first"
                 )
             sources[part.kind].append(str(part.value))
+            if set(part.sampling) - {"clip"}:
+                raise DataError(f"{at}: a row holds the clip of a video, no other sampling: leave that out")
+            clips += [part.sampling["clip"]] if "clip" in part.sampling else []
         marked = "".join(_TAGS[p.kind] if isinstance(p, Part) else p for p in spelled)
         value = marked if record.tagged else turn.text
         talk.append({"from": _ROW_NAMES[turn.role], "value": value, **turn.extra})
@@ -407,6 +433,8 @@ def to_row(record: Record | Sequence[Turn], *, where: str = "record") -> dict[st
         row["image"] = sources["image"][0] if one else sources["image"]
     elif sources["video"]:
         row["video"] = sources["video"][0]
+        if clips:
+            row["clip"] = list(clips[0]) if isinstance(clips[0], tuple) else clips[0]
     row["conversations"] = talk
     return row
 

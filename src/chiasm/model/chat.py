@@ -38,7 +38,7 @@ class ModelInputs:
 
     Attributes:
         token_ids: (T,) int64, every image expanded to its context ids.
-        tiles: (N, 3, S, S) uint8, one row per encoded tile in the order of the prompt; (0, 3, S, S) for text.
+        tiles: (N, 3, S, S) uint8, one row per encoded tile or frame in the order of the prompt; (0, 3, S, S) for text.
         sequence: the same as the model's own input type.
     """
 
@@ -55,7 +55,7 @@ class Reply:
         text: without stop and control tokens. token_ids: all that was generated, the stop id included.
         boxes: rectangles named in the text, coordinates 0-1000 of each image's width and height.
         finish: "stop" (stop token or string) or "length" (limit reached).
-        usage: prompt_tokens, completion_tokens, tiles.
+        usage: prompt_tokens, completion_tokens, tiles (frames among them, one each), frames.
     """
 
     text: str
@@ -227,7 +227,9 @@ class ChatModel:
 
         Args:
             messages: a question, or `[{"role", "content": str | [{"type": "image", "image": …}, {"type":
-                "text", "text": …}]}]`; an assistant header follows iff the last role is user.
+                "text", "text": …}]}]`; an assistant header follows iff the last role is user. A video is
+                `{"type": "video", "video": path | URL | folder | list of pictures}`, with fields of
+                `FrameSampling` where its frames shall be others than `spec.sampling` takes.
             images: paths, URLs or PIL images: where the `<image>` tags stand if there are as many, else in front of
                 the last user message.
 
@@ -236,8 +238,11 @@ class ChatModel:
         """
         sequence = layout(with_images(messages, images), self.spec)
         side = self.spec.tiles.image_size
-        batch = sequence.media.get("image")
-        tiles = torch.zeros(0, 3, side, side, dtype=torch.uint8) if batch is None else batch.data
+        # Spans stand in the order of the prompt, pictures and frames mixed.
+        shown = [sequence.media[s.media].data[s.first : s.first + s.items] for s in sequence.spans]
+        tiles = torch.zeros(0, 3, side, side, dtype=torch.uint8)
+        if shown:
+            tiles = torch.cat(shown) if len(shown) > 1 else shown[0]
         return ModelInputs(sequence.ids_T, tiles, sequence)
 
     def pixels(self, inputs: ModelInputs) -> Tensor:
@@ -311,7 +316,7 @@ class ChatModel:
             if left < 1:
                 raise ContextOverflowError(
                     f"the prompt has {len(inputs.token_ids)} tokens and the context {self.spec.max_length}: "
-                    "no room for an answer; use fewer tiles or images, or a shorter text"
+                    "no room for an answer; use fewer tiles, images or frames, or a shorter text"
                 )
         run = Decoding(
             self.model,
@@ -343,6 +348,7 @@ def _reply(inputs: ModelInputs, writer: _Writer) -> Reply:
             "prompt_tokens": len(inputs.token_ids),
             "completion_tokens": len(writer.ids),
             "tiles": inputs.tiles.shape[0],
+            "frames": len(inputs.sequence.spans_of("video")),
         },
     )
 

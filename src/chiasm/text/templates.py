@@ -16,7 +16,17 @@ from typing import Protocol
 
 from chiasm.errors import ConfigError, TemplateError
 
-__all__ = ["ROLES", "TEMPLATES", "Piece", "Template", "get_template", "join"]
+__all__ = [
+    "FRAME_TAGS",
+    "ROLES",
+    "TEMPLATES",
+    "FrameTags",
+    "Piece",
+    "Template",
+    "get_frame_tags",
+    "get_template",
+    "join",
+]
 
 ROLES = ("system", "user", "assistant")
 
@@ -53,6 +63,41 @@ class Piece:
     chunk: int
 
 
+@dataclass(frozen=True, slots=True)
+class FrameTags:
+    """How the frames of a video are spelled: `before` (with the number from 1) and the picture, for each frame.
+
+    `closed`: a newline follows the last frame too and is part of the video, so that a newline after a `<video>` tag
+    is not a second one. Otherwise newlines only join the frames.
+    """
+
+    before: str
+    closed: bool = False
+
+    def spell(self, picture: str, count: int) -> str:
+        """`count` frames, each with `picture` for its image tokens."""
+        return "\n".join(self.before.format(n=n + 1) + picture for n in range(count)) + "\n" * self.closed
+
+
+FRAME_TAGS: dict[str, FrameTags] = {
+    # The release's documentation and video benchmarks: "Frame1: <image>\n" a frame, in front of the question.
+    "docs": FrameTags("Frame{n}: ", closed=True),
+    # The video processor of transformers: joined in the place of the <video> tag.
+    "hf": FrameTags("Frame{n}: "),
+    # The release's training: with a hyphen, likewise joined.
+    "training": FrameTags("Frame-{n}: "),
+}
+"""Spellings of frames by name. docs and hf differ only where a text goes on right after a `<video>` tag."""
+
+
+def get_frame_tags(name: str) -> FrameTags:
+    """The spelling of frames called `name`; ConfigError with the known names when there is none."""
+    found = FRAME_TAGS.get(name)
+    if found is None:
+        raise ConfigError(f"unknown spelling of frames {name!r}: known are {', '.join(FRAME_TAGS)}")
+    return found
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Template:
     """The spelling of one chat format.
@@ -69,6 +114,7 @@ class Template:
         answer_suffix: after `stop`; not learned.
         more_stops: further strings that end generation when the vocabulary has them.
         numbered: several pictures in one turn are introduced as "Image-1: ", "Image-2: ", …
+        frames: how the frames of a video are spelled, a name of `FRAME_TAGS`.
         strip: texts lose outer white space in training (as the 2.0 recipe for InternLM did).
         by_exchange: question and answer are tokenised together, for formats whose turns do not begin with a token
             that cannot merge with its neighbours.
@@ -88,6 +134,7 @@ class Template:
     answer_suffix: str = ""
     more_stops: tuple[str, ...] = ()
     numbered: bool = True
+    frames: str = "docs"
     strip: bool = False
     by_exchange: bool = False
 
@@ -95,6 +142,7 @@ class Template:
         for field in ("name", "user_prefix", "assistant_prefix", "stop"):
             if not getattr(self, field):
                 raise ConfigError(f"chat template {self.name!r}: {field} must not be empty")
+        get_frame_tags(self.frames)
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -248,7 +296,7 @@ TEMPLATES: dict[str, Template] = {
         _CHATML,
         replace(_CHATML, name="chiasm-mini"),
         # The native port in transformers (-hf checkpoints): no system message, pictures are never numbered.
-        replace(_CHATML, name="internvl-hf", numbered=False),
+        replace(_CHATML, name="internvl-hf", numbered=False, frames="hf"),
     )
 }
 

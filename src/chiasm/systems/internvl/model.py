@@ -24,7 +24,7 @@ from chiasm.systems.internvl.config import InternVLConfig
 
 
 class InternVLEmbedder(nn.Module):
-    """Words from the table, image rows from the encoder.
+    """Words from the table, rows of images and of video frames from the encoder, to which both are the same.
 
     `features`, when set, remembers encoded images by content (inference only).
     """
@@ -58,7 +58,10 @@ class InternVLEmbedder(nn.Module):
         """(T,) positions -> (T, C) rows."""
         x_TC = self.words(sequence.ids_T)
         store = None if torch.is_grad_enabled() else self.features
-        return Embedded(overwrite_rows(x_TC, encode_spans(sequence, "image", self.encode, store)))
+        seen = [
+            pair for media in ("image", "video") for pair in encode_spans(sequence, media, self.encode, store)
+        ]
+        return Embedded(overwrite_rows(x_TC, seen))
 
 
 def build_internvl(config: InternVLConfig, *, generator: torch.Generator | None = None) -> CausalVLM:
