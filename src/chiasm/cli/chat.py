@@ -137,9 +137,9 @@ def chat_command(
     """Ask a question about pictures and videos.
 
     chiasm chat photo.jpg "What is this?" prints the answer; chiasm chat clip.mp4 "What happens?" shows frames of a
-    video. Several of both are fine, and a folder of pictures is a video. So is an animated GIF, WebP or PNG file, where an
-    option about frames is given; otherwise its first frame is shown. Without a question, a conversation begins:
-    /image FILE and /video FILE show something, /reset forgets everything, /quit ends.
+    video. Several of both are fine, and a folder of pictures is a video. So is an animated GIF, WebP or PNG file,
+    where an option about frames is given; otherwise its first frame is shown. Without a question, a conversation
+    begins: /image FILE and /video FILE show something, /reset forgets everything, /quit ends.
     """
     given, question = split_words(words or [])
     interactive = question is None and sys.stdin.isatty()

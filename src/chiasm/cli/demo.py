@@ -94,7 +94,7 @@ def demo_command(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print each answer as one line of JSON.")] = False,
 ) -> None:
-    """Answer a fixed list of questions about pictures, and one about a video.
+    """Answer a fixed list of questions about pictures and a clip.
 
     Prints what was expected and what was answered, right or wrong, and writes the same with the pictures to a page
     that needs no other file.
