@@ -12,6 +12,8 @@ from tests.checkpoint import random_checkpoints as made
 from chiasm.data.sequence import Sequence
 from chiasm.errors import CheckpointError, TemplateError
 from chiasm.systems.internvl.load import load_folder
+from chiasm.text.templates import get_template, join
+from chiasm.text.tokenizer import Tokenizer
 from tiny_tokenizers import byte_level
 
 WORDS = byte_level().vocab_size
@@ -48,6 +50,25 @@ def test_an_original_checkpoint_without_a_template_is_not_guessed(tmp_path, monk
 def test_the_template_of_the_config_is_taken(tmp_path, monkeypatch) -> None:
     folder = original(tmp_path / "m", monkeypatch, WORDS, template="internvl2_5")
     assert load_folder(folder).spec.template.name == "internvl2_5"
+
+
+@pytest.mark.parametrize(
+    ("template", "family"), [("Hermes-2", "qwen2"), ("internlm2-chat", "internlm2"), ("phi3-chat", "phi3")]
+)
+def test_the_templates_of_2_0_are_taken_with_their_families(tmp_path, monkeypatch, template, family) -> None:
+    monkeypatch.setattr(made, "VOCAB", WORDS + 4)
+    made.write_original(tmp_path, family, template=template)
+    byte_level().save(tmp_path)
+    tokenizer = Tokenizer.from_file(tmp_path)  # a copy: the one of all tests stays as it is
+    tokenizer.add_special_tokens(["<|end|>", "<|user|>", "<|assistant|>", "<|system|>"])
+    tokenizer.save(tmp_path)
+    model = load_folder(tmp_path)
+    assert model.spec.template == get_template(template)
+    assert model.spec.tokenizer.decode(
+        model.inputs("Hi").token_ids.tolist(), skip_special_tokens=False
+    ) == join(get_template(template).render([("user", "Hi")], generate=True))
+    assert model.stop_ids[0] == tokenizer.token_to_id("<|end|>" if family == "phi3" else "<|im_end|>")
+    assert len(model.chat("Hi", max_new_tokens=3).token_ids) <= 3
 
 
 def loaded(kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch, rows: int):

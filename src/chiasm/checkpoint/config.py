@@ -19,11 +19,11 @@ from typing import Any
 
 from chiasm.checkpoint.hf import (
     HF_VISION_CONSTANTS,
-    LANGUAGE_DEFAULTS,
     rope_keys_of_4,
     vision_from_hf,
     vision_to_hf,
 )
+from chiasm.checkpoint.language import LANGUAGE_DEFAULTS
 from chiasm.checkpoint.original import AUTO_MAP, TOP_DEFAULTS, complete_vision
 from chiasm.checkpoint.store import CONFIG, read_json
 from chiasm.errors import CheckpointError, ConfigError
@@ -88,6 +88,7 @@ _LANGUAGE_KINDS = {
     "num_key_value_heads": "a positive integer",
     "head_dim": "a positive integer",
     "max_position_embeddings": "a positive integer",
+    "original_max_position_embeddings": "a positive integer",
     "rms_norm_eps": "a number",
     "rope_theta": "a number",
     "rope_scaling": "an object",
@@ -117,6 +118,8 @@ _ROPE_NUMBERS = {
     "dynamic": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
+# What the `-hf` layouts call a Llama: the same function under other names (InternLM2's rows in another order).
+_SPELT_AS_LLAMA = ("internlm2", "internlm3")
 # Of an original llm_config, what text_config shares with it; the rest is kept aside when writing `-hf`, because
 # transformers 5 reads some old keys as orders (auto_map, attention implementations, generation settings).
 _SHARED_LANGUAGE_KEYS = frozenset(
@@ -131,6 +134,7 @@ _SHARED_LANGUAGE_KEYS = frozenset(
         "head_dim",
         "hidden_act",
         "max_position_embeddings",
+        "original_max_position_embeddings",
         "initializer_range",
         "rms_norm_eps",
         "use_cache",
@@ -315,6 +319,7 @@ class InternVLPublicConfig:
         kept = {"vision_config": vision_extras, "text_config": text_extras}
         extras |= {key: value for key, value in kept.items() if value}
         original = _nested(config, "original_config")
+        llm["model_type"] = _before_conversion(llm["model_type"], text_extras, original.get("llm_config"))
         top = {**TOP_DEFAULTS, "ps_version": "v2", "dynamic_image_size": True, "use_thumbnail": True}
         top |= {"max_dynamic_patch": 12, "template": _HF_TEMPLATE}
         top = {key: _or(original.pop(key, None), default) for key, default in top.items()}
@@ -347,6 +352,8 @@ class InternVLPublicConfig:
         architecture, _ = FAMILIES.get(str(llm.get("model_type")), (None, None))
         if architecture is not None:
             llm_extras.setdefault("architectures", [architecture])
+        if llm.get("model_type") in _SPELT_AS_LLAMA:
+            llm_extras.setdefault("bias", False)  # the remote class takes true where the key is absent
         out: dict[str, Any] = {
             "architectures": ["InternVLChatModel"],
             "model_type": "internvl_chat",
@@ -383,7 +390,16 @@ class InternVLPublicConfig:
         extras = copy.deepcopy(self.hf_extras)
         vision = vision_to_hf(copy.deepcopy(self.vision), extras.pop("vision_config", {}))
         text_extras = extras.pop("text_config", {})
-        llm = copy.deepcopy(self.llm)
+        llm, kind = copy.deepcopy(self.llm), str(self.llm.get("model_type"))
+        original_extras = copy.deepcopy(self.original_extras)
+        if kind == "phi3":
+            raise ConfigError(
+                "model_type is 'phi3': the -hf layout has no port of InternVL on Phi-3, only the original layout does"
+            )
+        if kind in _SPELT_AS_LLAMA:
+            stated = {key: value for key, value in llm.items() if value is not None}
+            llm = {**LANGUAGE_DEFAULTS[kind], **llm, **stated, "model_type": "llama"}
+            original_extras.setdefault("llm_config", {})["model_type"] = kind
         if old:
             llm = rope_keys_of_4(llm)
         original = {key: getattr(self, key) for key in TOP_DEFAULTS}
@@ -404,7 +420,7 @@ class InternVLPublicConfig:
                 **extras,
                 "text_config": {**llm, **text_extras, "tie_word_embeddings": self.tie_words},
                 "vision_config": vision,
-                "original_config": {**original, **copy.deepcopy(self.original_extras)},
+                "original_config": {**original, **original_extras},
             },
             ("torch_dtype", "dtype"),
         )
@@ -499,6 +515,19 @@ def _check_language(config: Mapping[str, Any]) -> None:
             if rope.get(number) is None:
                 raise ConfigError(f"language config {key} of type {kind!r} lacks {number!r}")
         _check_kinds(f"language config {key}", rope, _ROPE_KINDS)
+
+
+def _before_conversion(kind: Any, text: Mapping[str, Any], original: dict[str, Any] | None) -> Any:
+    """The ``model_type`` that a `-hf` Llama had in the original layout: what a conversion noted, or still names.
+
+    What it noted is taken out of ``original``.
+    """
+    noted = (original or {}).pop("model_type", None)
+    named = _model_type(text.get("architectures"))
+    for found in (noted, named):
+        if kind == "llama" and found in _SPELT_AS_LLAMA and named in (None, found):
+            return found
+    return kind
 
 
 def _or(value: Any, default: Any) -> Any:
