@@ -342,12 +342,10 @@ def test_wrong_shape_names_key_expected_and_found(tmp_path):
         native_state(tmp_path)
 
 
-def test_lora_weights_get_their_own_remedy(tmp_path):
-    tensors = random_tensors(original_shapes())
-    tensors["language_model.base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight"] = (
-        torch.ones(1)
-    )
-    write_folder(tmp_path, original_config(), tensors)
+def test_other_adapters_get_their_own_remedy(tmp_path):
+    tensors = random_tensors(language_shapes("model.", "", "llama"))
+    tensors["base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight"] = torch.ones(1)
+    write_folder(tmp_path, language_config("llama"), tensors)
     with fails("merge them into the model first"):
         native_state(tmp_path)
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from chiasm.checkpoint.config import InternVLPublicConfig, is_internvl, language_from_public
 from chiasm.checkpoint.hf import spell_hf, spell_hf_old, spell_text
 from chiasm.checkpoint.language import Names, Speller, interleaved_rows, names_of
+from chiasm.checkpoint.lora import open_reader
 from chiasm.checkpoint.original import spell_original
 from chiasm.checkpoint.store import CheckpointReader
 from chiasm.errors import CheckpointError
@@ -293,7 +294,7 @@ class TableAdapter:
             return
         remedy = "is it the checkpoint of this config.json?"
         if any(".lora_" in key or "base_model.model." in key for key in difference.unexpected):
-            remedy = "these are LoRA weights, merge them into the model first"
+            remedy = "these are adapter weights of a kind that is not read: merge them into the model first"
         raise CheckpointError(f"{reader.folder} does not fit its config: {difference}; {remedy}")
 
     def to_public(
@@ -463,14 +464,15 @@ def open_checkpoint(folder: str | Path) -> OpenedCheckpoint:
     """Read config and headers of a checkpoint folder of any known layout; no tensor is read.
 
     Words are tied when the output matrix is absent, or when the config ties them and the matrix equals the table;
-    an original checkpoint with an output matrix is untied.
+    an original checkpoint with an output matrix is untied. LoRA adapters that the training script of the release has
+    saved are merged when their tensors are read.
 
     Raises:
-        CheckpointError: what `CheckpointReader` and `detect_layout` raise, or the output matrix is missing while
+        CheckpointError: what `open_reader` and `detect_layout` raise, or the output matrix is missing while
             the config denies tying.
         ConfigError: the config asks for what is not supported.
     """
-    reader = CheckpointReader(folder)
+    reader = open_reader(folder)
     layout = detect_layout(reader.config, reader.keys())
     if layout == "text":
         language = language_from_public(reader.config)

@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 
 from chiasm.checkpoint.adapters import OpenedCheckpoint, adapter_for, open_checkpoint
 from chiasm.checkpoint.config import InternVLPublicConfig
+from chiasm.checkpoint.lora import MergedReader
 from chiasm.checkpoint.preprocess import IMAGE_PROCESSOR, PROCESSOR, preprocessor_files, read_tile_policy
 from chiasm.checkpoint.store import read_json, write_checkpoint
 from chiasm.errors import CheckpointError, ConfigError, UsageError
@@ -302,6 +303,8 @@ def _notes(opened: OpenedCheckpoint, public: InternVLPublicConfig, to: Target) -
         for name in ("tokenizer.json", "vocab.json", "tokenizer.model")
     ):
         notes.append("the source has no tokenizer files: none were written")
+    if isinstance(opened.reader, MergedReader):
+        notes.append(f"LoRA adapters of {opened.reader.merged} weights were merged")
     if to == "original":
         if opened.language.tie_words:
             notes.append("tied words were written out as a second matrix, as the original layout needs")
