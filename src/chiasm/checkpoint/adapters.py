@@ -272,20 +272,30 @@ class TableAdapter:
         """
         self.check(reader)
         for entry in self.plan:
-            pieces = [name for name, _ in self.pieces(entry)]
-            stored = functools.reduce(torch.promote_types, map(reader.dtype, pieces))
-            kind = dtype if dtype is not None and stored.is_floating_point else stored
-            out = torch.empty(entry.shape, dtype=kind, device=device)
-            at = 0
-            for name in pieces:
-                piece = reader.tensor(name)
-                if self._reordered(entry.native):
-                    piece = piece[torch.argsort(self.qkv_rows)]  # type: ignore[arg-type]
-                out[at : at + piece.shape[0]].copy_(piece)
-                at += piece.shape[0]
-                del piece
-            yield entry.native, out
-            del out  # else this frame would keep one tensor beside the next
+            yield entry.native, self.read(reader, entry, dtype=dtype, device=device)
+
+    def read(
+        self,
+        reader: CheckpointReader,
+        entry: Entry,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+    ) -> Tensor:
+        """One native tensor of the plan; arguments as of `from_public`, which checks the whole first."""
+        pieces = [name for name, _ in self.pieces(entry)]
+        stored = functools.reduce(torch.promote_types, map(reader.dtype, pieces))
+        kind = dtype if dtype is not None and stored.is_floating_point else stored
+        out = torch.empty(entry.shape, dtype=kind, device=device)
+        at = 0
+        for name in pieces:
+            piece = reader.tensor(name)
+            if self._reordered(entry.native):
+                piece = piece[torch.argsort(self.qkv_rows)]  # type: ignore[arg-type]
+            out[at : at + piece.shape[0]].copy_(piece)
+            at += piece.shape[0]
+            del piece
+        return out
 
     def check(self, reader: CheckpointReader) -> None:
         """Raise CheckpointError, with names and shapes, unless every tensor is mapped."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -256,6 +256,13 @@ class InternVLPublicConfig:
             refuse_unsupported({**(aside or {}), **self.llm})
         return language_from_public(self.llm, tie_words=self.tie_words if tie_words is None else tie_words)
 
+    def with_llm(self, config: Mapping[str, Any], **changes: Any) -> InternVLPublicConfig:
+        """The same eyes with another language model, of which ``config`` is the whole ``config.json``."""
+        llm, aside = _split_language(copy.deepcopy({**config, **changes}))
+        original, hf = copy.deepcopy(self.original_extras), copy.deepcopy(self.hf_extras)
+        hf.pop("text_config", None)
+        return replace(self, llm=llm, original_extras={**original, "llm_config": aside}, hf_extras=hf)
+
     @classmethod
     def from_original(cls, config: Mapping[str, Any]) -> InternVLPublicConfig:
         """From the ``config.json`` of an `InternVLChatModel`.
@@ -265,14 +272,9 @@ class InternVLPublicConfig:
         """
         config = copy.deepcopy(dict(config))
         vision, vision_extras = complete_vision(_section(config, "vision_config"))
-        llm = _section(config, "llm_config")
+        llm, llm_extras = _split_language(_section(config, "llm_config"))
         extras = {key: value for key, value in config.items() if key not in _ORIGINAL_TOP}
-        kept = {
-            "vision_config": vision_extras,
-            "llm_config": {key: value for key, value in llm.items() if key not in _SHARED_LANGUAGE_KEYS},
-        }
-        llm = {key: value for key, value in llm.items() if key in _SHARED_LANGUAGE_KEYS}
-        llm.setdefault("model_type", _model_type(kept["llm_config"].get("architectures")))
+        kept = {"vision_config": vision_extras, "llm_config": llm_extras}
         hf_extras = _nested(config, "hf_config")
         return cls(
             vision=vision,
@@ -312,9 +314,7 @@ class InternVLPublicConfig:
                 raise ConfigError(f"vision_config {key} is {section[key]!r}: an InternViT has {expected!r}")
         vision, vision_extras = vision_from_hf(section)
         text = _section(config, "text_config")
-        llm = {key: value for key, value in text.items() if key in _SHARED_LANGUAGE_KEYS}
-        text_extras = {key: value for key, value in text.items() if key not in _SHARED_LANGUAGE_KEYS}
-        llm.setdefault("model_type", _model_type(text_extras.get("architectures")))
+        llm, text_extras = _split_language(text)
         extras = {key: value for key, value in config.items() if key not in _HF_TOP}
         kept = {"vision_config": vision_extras, "text_config": text_extras}
         extras |= {key: value for key, value in kept.items() if value}
@@ -473,6 +473,14 @@ def _section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
             f"the config has no {name} section: it is not the config.json of a whole InternVL model"
         )
     return section
+
+
+def _split_language(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(the keys that both layouts share, with a ``model_type``; the rest)."""
+    shared = {key: value for key, value in config.items() if key in _SHARED_LANGUAGE_KEYS}
+    rest = {key: value for key, value in config.items() if key not in _SHARED_LANGUAGE_KEYS}
+    shared.setdefault("model_type", _model_type(rest.get("architectures")))
+    return shared, rest
 
 
 def _nested(config: Mapping[str, Any], name: str) -> dict[str, Any]:
