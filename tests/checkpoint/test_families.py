@@ -252,6 +252,19 @@ def test_original_to_hf_and_back(tmp_path, family, six_b, through) -> None:
 
 
 @pytest.mark.parametrize("family", ["internlm2", "internlm3", "qwen3"])
+def test_between_the_hf_spellings(tmp_path, family) -> None:
+    write_original(tmp_path / "a", family)
+    write_tokenizer(tmp_path / "a")
+    for src, dst, to in (("a", "b", "hf"), ("b", "c", "hf-old"), ("c", "d", "hf"), ("c", "e", "original")):
+        assert convert(tmp_path / src, tmp_path / dst, to).target == to
+    assert same_tensors(tmp_path / "b", tmp_path / "d")
+    assert same_tensors(tmp_path / "a", tmp_path / "e")
+    assert tensors_of(tmp_path / "b").keys() != tensors_of(tmp_path / "c").keys()
+    languages = [read_config(tmp_path / name).language_config() for name in "abcde"]
+    assert all(language == languages[0] for language in languages)
+
+
+@pytest.mark.parametrize("family", ["internlm2", "internlm3", "qwen3"])
 @pytest.mark.parametrize("to", ["hf", "hf-old"])
 def test_transformers_reads_what_we_write(tmp_path, family, to) -> None:
     write_original(tmp_path / "a", family)

@@ -57,8 +57,9 @@ class Decoder(nn.Module):
         Raises ConfigError where a cached document grows past the length at which its rotary frequencies change
         (`Rope.switch`): what is cached was read with the others. The generation loop reads it again instead.
         """
-        if cache is not None:
-            _refuse_switch(self.rope.switch, cache.past(segments), segments.lengths)
+        switch = self.rope.switch
+        if cache is not None and switch is not None:
+            _refuse_crossing(switch, cache.past(segments), segments.lengths)
         table = self.rope.table(pos_T, x_TC.dtype, segments.lengths)
         for i, block in enumerate(self.layers):
             if self.checkpointing and torch.is_grad_enabled():
@@ -70,9 +71,7 @@ class Decoder(nn.Module):
         return self.norm(x_TC)
 
 
-def _refuse_switch(switch: int | None, past: tuple[int, ...], new: tuple[int, ...]) -> None:
-    if switch is None:
-        return
+def _refuse_crossing(switch: int, past: tuple[int, ...], new: tuple[int, ...]) -> None:
     for cached, rows in zip(past, new, strict=True):
         if 0 < cached <= switch < cached + rows:
             raise ConfigError(
