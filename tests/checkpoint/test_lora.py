@@ -16,7 +16,7 @@ from tests.checkpoint.random_checkpoints import (
 )
 
 from chiasm.checkpoint.adapters import open_checkpoint
-from chiasm.checkpoint.convert import convert
+from chiasm.checkpoint.convert import convert, convert_part
 from chiasm.checkpoint.lora import MergedReader, open_reader
 from chiasm.checkpoint.store import CheckpointReader, read_json
 from chiasm.errors import CheckpointError
@@ -110,6 +110,10 @@ def test_conversion_writes_plain_weights(tmp_path: Path, vision: bool, language:
     assert all(torch.equal(written.tensor(name), reader.tensor(name)) for name in plain)
     saved = read_json(tmp_path / "b" / "config.json")
     assert (saved["use_llm_lora"], saved["use_backbone_lora"]) == (0, 0)
+    part = convert_part(tmp_path / "a", tmp_path / "e", "language")
+    assert part.notes[0] in report.notes
+    alone = CheckpointReader(tmp_path / "e")
+    assert all(torch.equal(alone.tensor(n), written.tensor(f"language_model.{n}")) for n in alone)
     convert(tmp_path / "a", tmp_path / "c", "hf")
     convert(tmp_path / "c", tmp_path / "d", "original")
     again = CheckpointReader(tmp_path / "d")

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from chiasm.checkpoint.adapters import OpenedCheckpoint, adapter_for, open_checkpoint
+from chiasm.checkpoint.adapters import OpenedCheckpoint, adapter_for, detect_layout, open_checkpoint
 from chiasm.checkpoint.config import InternVLPublicConfig
 from chiasm.checkpoint.edit import (
     Draft,
@@ -29,7 +29,7 @@ from chiasm.checkpoint.edit import (
 )
 from chiasm.checkpoint.lora import MergedReader
 from chiasm.checkpoint.preprocess import IMAGE_PROCESSOR, PROCESSOR, preprocessor_files, read_tile_policy
-from chiasm.checkpoint.store import read_json, write_checkpoint
+from chiasm.checkpoint.store import CheckpointReader, read_json, write_checkpoint
 from chiasm.errors import CheckpointError, ConfigError, UsageError
 from chiasm.text.templates import TEMPLATES, get_template
 
@@ -211,16 +211,25 @@ def convert_part(src: str | Path, dst: str | Path, part: Part, *, force: bool = 
     }.get(part, ())
     files = {name: src / name for name in names if (src / name).is_file()}
     written = extract(src, dst, part, files=files, force=force)
+    with open_checkpoint(src).reader as reader:
+        layout, notes = detect_layout(reader.config, reader), _merged(reader)
     return ConvertReport(
-        source=open_checkpoint(src).layout,
+        source=layout,
         target=part,
         folder=str(dst),
         tensors=written.tensors,
         bytes=written.bytes,
         shards=written.shards,
         files=tuple(sorted(files)),
-        notes=(),
+        notes=notes,
     )
+
+
+def _merged(reader: CheckpointReader) -> tuple[str, ...]:
+    """A note on adapters that were merged."""
+    if not isinstance(reader, MergedReader):
+        return ()
+    return (f"LoRA adapters of {reader.merged} weights were merged",)
 
 
 def _completed(
@@ -376,8 +385,7 @@ def _notes(
     notes = []
     if not any((words / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer.model")):
         notes.append("the source has no tokenizer files: none were written")
-    if isinstance(opened.reader, MergedReader):
-        notes.append(f"LoRA adapters of {opened.reader.merged} weights were merged")
+    notes += _merged(opened.reader)
     if to == "original":
         if draft.language.tie_words:
             notes.append("tied words were written out as a second matrix, as the original layout needs")
