@@ -52,8 +52,8 @@ def load(
     """Load a model that answers questions about pictures.
 
     Args:
-        path_or_id: a name of `names()`, or a checkpoint folder (InternVL in its original or -hf layout, a Qwen2 or
-            Llama language model alone, or a chiasm-mini of one's own training).
+        path_or_id: a name of `names()`, or a checkpoint folder (InternVL in its original or -hf layout, a language
+            model alone of a family that InternVL builds on, or a chiasm-mini of one's own training).
         dtype: "float32", "bfloat16", "float16", "auto", a torch dtype, or None for what is stored.
         device: "cpu", "cuda", "cuda:1", "mps"; None takes the first CUDA GPU where there is one.
         deterministic: answers of `batch` are bit-equal to those one by one.

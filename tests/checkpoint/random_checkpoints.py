@@ -27,9 +27,19 @@ VISION_NOISE = {
 }
 
 
+CLASSES = {
+    "qwen2": "Qwen2ForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "internlm2": "InternLM2ForCausalLM",
+    "internlm3": "InternLM3ForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+
+
 def language_config(family: str = "qwen2", *, tied: bool = False) -> dict:
     config = {
-        "architectures": [{"qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}[family]],
+        "architectures": [CLASSES[family]],
         "model_type": family,
         "vocab_size": VOCAB,
         "hidden_size": WIDTH,
@@ -46,8 +56,19 @@ def language_config(family: str = "qwen2", *, tied: bool = False) -> dict:
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
-    if family == "llama":
+    if family in ("llama", "internlm2", "internlm3"):
         config["bias"] = False  # InternLM2's word, left over in converted files
+    if family == "internlm3":
+        config["head_dim"] = 4
+    if family == "qwen3":
+        config |= {"head_dim": 6, "attention_bias": False, "rope_scaling": None}
+    if family == "phi3":
+        config |= {
+            "rope_scaling": {"type": "su", "short_factor": [1.0, 1.5], "long_factor": [2.0, 6.0]},
+            "original_max_position_embeddings": 64,
+            "sliding_window": 262144,
+            "rope_theta": 10000.0,
+        }
     return config
 
 
@@ -110,19 +131,39 @@ def original_config(family: str = "qwen2", *, six_b: bool = False, **changes) ->
 
 
 def language_shapes(base: str, head: str | None, family: str) -> dict[str, tuple[int, ...]]:
-    shapes = {f"{base}embed_tokens.weight": (VOCAB, WIDTH), f"{base}norm.weight": (WIDTH,)}
+    """`head` is the prefix of the output matrix (None: there is none)."""
+    words = "tok_embeddings" if family == "internlm2" else "embed_tokens"
+    shapes = {f"{base}{words}.weight": (VOCAB, WIDTH), f"{base}norm.weight": (WIDTH,)}
+    q, kv = (24, 12) if family == "qwen3" else (16, 8)
     for i in range(LAYERS):
         layer = f"{base}layers.{i}."
+        if family == "internlm2":
+            shapes |= {
+                f"{layer}attention_norm.weight": (WIDTH,),
+                f"{layer}ffn_norm.weight": (WIDTH,),
+                f"{layer}attention.wqkv.weight": (32, WIDTH),
+                f"{layer}attention.wo.weight": (WIDTH, 16),
+                f"{layer}feed_forward.w1.weight": (INNER, WIDTH),
+                f"{layer}feed_forward.w2.weight": (WIDTH, INNER),
+                f"{layer}feed_forward.w3.weight": (INNER, WIDTH),
+            }
+            continue
         shapes |= {
             f"{layer}input_layernorm.weight": (WIDTH,),
             f"{layer}post_attention_layernorm.weight": (WIDTH,),
-            f"{layer}self_attn.q_proj.weight": (16, WIDTH),
-            f"{layer}self_attn.k_proj.weight": (8, WIDTH),
-            f"{layer}self_attn.v_proj.weight": (8, WIDTH),
-            f"{layer}self_attn.o_proj.weight": (WIDTH, 16),
+            f"{layer}self_attn.o_proj.weight": (WIDTH, q),
+            f"{layer}mlp.down_proj.weight": (WIDTH, INNER),
+        }
+        if family == "phi3":
+            shapes[f"{layer}self_attn.qkv_proj.weight"] = (32, WIDTH)
+            shapes[f"{layer}mlp.gate_up_proj.weight"] = (2 * INNER, WIDTH)
+            continue
+        shapes |= {
+            f"{layer}self_attn.q_proj.weight": (q, WIDTH),
+            f"{layer}self_attn.k_proj.weight": (kv, WIDTH),
+            f"{layer}self_attn.v_proj.weight": (kv, WIDTH),
             f"{layer}mlp.gate_proj.weight": (INNER, WIDTH),
             f"{layer}mlp.up_proj.weight": (INNER, WIDTH),
-            f"{layer}mlp.down_proj.weight": (WIDTH, INNER),
         }
         if family == "qwen2":
             shapes |= {
@@ -130,7 +171,10 @@ def language_shapes(base: str, head: str | None, family: str) -> dict[str, tuple
                 f"{layer}self_attn.k_proj.bias": (8,),
                 f"{layer}self_attn.v_proj.bias": (8,),
             }
-    return shapes | ({head: (VOCAB, WIDTH)} if head else {})
+        if family == "qwen3":
+            shapes |= {f"{layer}self_attn.q_norm.weight": (6,), f"{layer}self_attn.k_norm.weight": (6,)}
+    output = "output.weight" if family == "internlm2" else "lm_head.weight"
+    return shapes | ({} if head is None else {f"{head}{output}": (VOCAB, WIDTH)})
 
 
 def original_shapes(family: str = "qwen2", *, six_b: bool = False) -> dict[str, tuple[int, ...]]:
@@ -169,7 +213,7 @@ def original_shapes(family: str = "qwen2", *, six_b: bool = False) -> dict[str, 
                 f"{layer}norm2.bias": (V_WIDTH,),
                 f"{layer}attn.qkv.bias": (3 * V_WIDTH,),
             }
-    return shapes | language_shapes("language_model.model.", "language_model.lm_head.weight", family)
+    return shapes | language_shapes("language_model.model.", "language_model.", family)
 
 
 def random_tensors(shapes: dict[str, tuple[int, ...]], dtype=torch.bfloat16, seed: int = 0):
@@ -208,7 +252,7 @@ def write_original(
 
 
 def write_text(folder: Path, family: str = "llama", *, tied: bool = False, seed: int = 0) -> Path:
-    shapes = language_shapes("model.", None if tied else "lm_head.weight", family)
+    shapes = language_shapes("model.", None if tied else "", family)
     return write_folder(folder, language_config(family, tied=tied), random_tensors(shapes, seed=seed))
 
 

@@ -185,12 +185,18 @@ JSON = st.recursive(
 
 
 @settings(max_examples=200)
-@given(data=st.data(), layout=st.sampled_from(["original", "hf", "text"]), value=JSON)
-def test_any_value_anywhere_is_read_or_refused(data, layout, value):
+@given(
+    data=st.data(),
+    layout=st.sampled_from(["original", "hf", "text"]),
+    family=st.sampled_from(["qwen2", "phi3", "internlm2", "qwen3"]),
+    value=JSON,
+)
+def test_any_value_anywhere_is_read_or_refused(data, layout, family, value):
     """A malformed config is answered with an error of ours, never with a crash."""
+    family = "qwen2" if layout == "hf" else family
     public = InternVLPublicConfig.from_original(original_config())
     hf = replace(public, image_token_id=IMAGE_TOKEN).to_hf()
-    config = {"original": original_config(), "hf": hf, "text": language_config()}[layout]
+    config = {"original": original_config(family), "hf": hf, "text": language_config(family)}[layout]
     section = config
     while True:
         key = data.draw(st.sampled_from(sorted(section)))

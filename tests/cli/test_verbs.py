@@ -77,6 +77,13 @@ def test_show_a_folder_reads_no_weights(run: Run, tiny: Path, tiny_words: Path, 
     assert set(words["parameters"]) == {"language", "total"}
 
 
+def test_show_a_release(run: Run) -> None:
+    found = json.loads(run("show", "InternVL2_5-8B", "--json").out)
+    assert (found["kind"], found["parameters"]["total"]) == ("preset", 8_075_365_376)
+    assert (found["language"]["family"], found["template"]) == ("internlm2", "internvl2_5")
+    assert "unverified: [" in run("show", "InternVL2-4B").out
+
+
 def test_show_a_template(run: Run) -> None:
     out = run("show", "internvl2_5").out
     assert 'user_prefix: "<|im_start|>user\\n"\n' in out
@@ -119,6 +126,30 @@ def test_convert_there_and_back(run: Run, tiny: Path, tmp_path: Path) -> None:
     ask = ("What is this?", "--max-new-tokens", 5)
     answers = {run("chat", *ask, "--system", "", "--model", folder).out for folder in (tiny, there, back)}
     assert len(answers) == 1
+
+
+def test_convert_changes_on_the_way(run: Run, tiny: Path, tiny_words: Path, tmp_path: Path) -> None:
+    before = json.loads(run("show", tiny, "--json").out)
+    side, rows = 2 * before["vision"]["image_size"], before["language"]["vocab_size"] + 5
+    made = tmp_path / "made"
+    ran = run("convert", tiny, made, "--to", "original", "--image-size", str(side), "--vocab-size", str(rows))
+    assert ran.code == 0
+    found = json.loads(run("show", made, "--json").out)
+    assert (found["vision"]["image_size"], found["tokens_per_tile"]) == (side, 4 * before["tokens_per_tile"])
+    assert found["language"]["vocab_size"] == rows
+    ran = run("convert", tiny, tmp_path / "swapped", "--to", "hf", "--language", tiny_words, "--seed", "3")
+    assert ran.code == 0, ran.err
+    assert json.loads(run("show", tmp_path / "swapped", "--json").out)["family"] == "InternVL on llama"
+
+
+@pytest.mark.parametrize("part", ["vision", "projector", "language"])
+def test_convert_takes_a_part(run: Run, tiny: Path, tmp_path: Path, part: str) -> None:
+    report = json.loads(run("convert", tiny, tmp_path / "part", "--to", part, "--json").out)
+    assert (report["target"], report["source"]) == (part, "original")
+    assert (tmp_path / "part" / "model.safetensors").is_file()
+    ran = run("convert", tiny, tmp_path / "x", "--to", part, "--image-size", "28")
+    assert ran.code == 2
+    assert "--image-size changes a whole model" in ran.error_line
 
 
 def test_convert_says_what_it_cannot(run: Run, tiny: Path, tiny_words: Path, tmp_path: Path) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -38,3 +41,36 @@ def test_rotation_depends_on_distance_only(shift: int, gap: int) -> None:
         return (rotate(q, tables[0]) * rotate(k, tables[1])).sum()
 
     torch.testing.assert_close(score(30, 30 + gap), score(30 + shift, 30 + shift + gap), rtol=1e-4, atol=1e-4)
+
+
+SCALINGS = [
+    None,
+    {"type": "linear", "factor": 2.0},
+    {"type": "dynamic", "factor": 2.0},
+    {
+        "type": "su",
+        "short_factor": [1.0, 1.5],
+        "long_factor": [2.0, 6.0],
+        "original_max_position_embeddings": 8,
+    },
+]
+
+
+@given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=5), scaling=st.sampled_from(SCALINGS))
+def test_every_packed_document_has_the_table_of_its_own_length(lengths: list[int], scaling: dict) -> None:
+    rope = Rope(head_dim=4, scaling=scaling, max_positions=16)
+    positions = [torch.arange(n, dtype=torch.float32) for n in lengths]
+    packed = rope.table(torch.cat(positions), torch.float32, lengths)
+    alone = [rope.table(p, torch.float32) for p in positions]
+    for together, parts in zip(packed, zip(*alone, strict=True), strict=True):
+        assert torch.equal(together, torch.cat(parts))
+
+
+def test_longrope_changes_sides_after_the_original_length() -> None:
+    rope = Rope(head_dim=4, scaling=SCALINGS[3], max_positions=64)
+    assert (rope.kind, rope.switch) == ("longrope", 8)
+    near, far = rope.inverse_frequencies(8), rope.inverse_frequencies(9)
+    torch.testing.assert_close(near / far, torch.tensor([2.0, 4.0]))
+    assert rope.attention_factor == pytest.approx((1 + math.log(8) / math.log(8)) ** 0.5)
+    cos, _ = rope.table(torch.zeros(1), torch.float32)
+    assert float(cos[0, 0, 0]) == pytest.approx(rope.attention_factor)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chiasm.nn.norms import RMSNorm, rms_norm, rms_norm_reference
+from chiasm.nn.norms import HeadNorm, RMSNorm, rms_norm, rms_norm_reference
 
 
 @given(rows=st.integers(1, 5), dim=st.integers(1, 33), scale=st.sampled_from([1e-4, 1.0, 1e3]))
@@ -62,3 +62,16 @@ def test_fused_kernel_equals_the_definition(dtype: torch.dtype) -> None:
     torch.testing.assert_close(got, expected)
     if dtype != torch.float32:
         assert (got == expected).float().mean() > 0.98
+
+
+def test_head_norm_is_one_norm_for_queries_and_one_for_keys() -> None:
+    norm = HeadNorm(4, 2, 6, 1e-5)
+    with torch.no_grad():
+        norm.weight.normal_()
+    q, k = RMSNorm(6, 1e-5), RMSNorm(6, 1e-5)
+    with torch.no_grad():
+        q.weight.copy_(norm.weight[:6])
+        k.weight.copy_(norm.weight[6:])
+    x = torch.randn(3, 8, 6)[:, :6]  # a view, as the rows of a fused projection are
+    torch.testing.assert_close(norm(x), torch.cat((q(x[:, :4]), k(x[:, 4:])), dim=1))
+    assert "4 + 2 heads of 6" in repr(norm)

@@ -22,6 +22,9 @@ REFUSED = [
     ),
     ("llama", {"mlp_bias": True}, "mlp_bias"),
     ("llama", {"attention_bias": True}, "attention_bias"),
+    ("qwen3", {"attention_bias": True}, "attention_bias"),
+    ("internlm2", {"bias": True}, "bias"),
+    ("phi3", {"sliding_window": 64}, "sliding_window"),
     ("llama", {"model_type": "qwen2"}, "architectures"),
     ("qwen2", {"architectures": ["Qwen2MoeForCausalLM"]}, "architectures"),
     ("qwen2", {"architectures": ["LlamaForCausalLM"], "model_type": "mistral"}, "architectures"),
@@ -67,17 +70,21 @@ def test_hf_sections_are_checked_too(key: str) -> None:
         ("llama", {"hidden_act": None}),
         ("llama", {"architectures": ["InternLM2ForCausalLM"]}),  # left over in converted files
         ("llama", {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}}),
+        ("internlm3", {"architectures": ["LlamaForCausalLM"]}),  # as transformers saves it
+        ("internlm2", {"attn_implementation": "flash_attention_2", "bias": None}),
+        ("phi3", {"attention_bias": True, "sliding_window": None, "embd_pdrop": 0.0}),  # no key of that class
+        ("qwen3", {"max_window_layers": 36, "sliding_window": None}),
     ],
 )
 def test_what_public_files_carry_is_read(family: str, change: dict) -> None:
     assert language_from_public(language_config(family) | change).family == family
 
 
-@pytest.mark.parametrize("family", ["qwen2", "llama"])
+@pytest.mark.parametrize("family", ["qwen2", "llama", "qwen3", "phi3", "internlm3"])
 def test_what_transformers_saves_is_read(family: str) -> None:
     import transformers
 
-    saved = {"qwen2": transformers.Qwen2Config, "llama": transformers.LlamaConfig}[family]().to_dict()
+    saved = transformers.AutoConfig.for_model(family).to_dict()
     assert language_from_public(saved).family == family
     whole = transformers.InternVLConfig(text_config=saved).to_dict()
     assert InternVLPublicConfig.from_hf(whole).language_config().family == family

@@ -5,13 +5,19 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tests.checkpoint import random_checkpoints as made
+from tests.contracts.skeleton import extend
 
 from chiasm.data.sequence import Sequence
 from chiasm.errors import CheckpointError, TemplateError
+from chiasm.model.generate import generate
 from chiasm.systems.internvl.load import load_folder
+from chiasm.text.templates import get_template, join
+from chiasm.text.tokenizer import Tokenizer
 from tiny_tokenizers import byte_level
 
 WORDS = byte_level().vocab_size
@@ -48,6 +54,60 @@ def test_an_original_checkpoint_without_a_template_is_not_guessed(tmp_path, monk
 def test_the_template_of_the_config_is_taken(tmp_path, monkeypatch) -> None:
     folder = original(tmp_path / "m", monkeypatch, WORDS, template="internvl2_5")
     assert load_folder(folder).spec.template.name == "internvl2_5"
+
+
+@pytest.mark.parametrize(
+    ("template", "family"), [("Hermes-2", "qwen2"), ("internlm2-chat", "internlm2"), ("phi3-chat", "phi3")]
+)
+def test_the_templates_of_2_0_are_taken_with_their_families(tmp_path, monkeypatch, template, family) -> None:
+    monkeypatch.setattr(made, "VOCAB", WORDS + 4)
+    made.write_original(tmp_path, family, template=template)
+    byte_level().save(tmp_path)
+    tokenizer = Tokenizer.from_file(tmp_path)  # a copy: the one of all tests stays as it is
+    tokenizer.add_special_tokens(["<|end|>", "<|user|>", "<|assistant|>", "<|system|>"])
+    tokenizer.save(tmp_path)
+    model = load_folder(tmp_path)
+    assert model.spec.template == get_template(template)
+    assert model.spec.tokenizer.decode(
+        model.inputs("Hi").token_ids.tolist(), skip_special_tokens=False
+    ) == join(get_template(template).render([("user", "Hi")], generate=True))
+    assert model.stop_ids[0] == tokenizer.token_to_id("<|end|>" if family == "phi3" else "<|im_end|>")
+    assert len(model.chat("Hi", max_new_tokens=3).token_ids) <= 3
+
+
+def test_an_answer_about_a_picture_may_cross_the_switch(tmp_path, monkeypatch) -> None:
+    """Phi-3's factors change at 64 tokens here: cached equals full on both sides, pictures included."""
+    monkeypatch.setattr(made, "VOCAB", WORDS + 4)
+    made.write_original(tmp_path, "phi3", template="phi3-chat")
+    byte_level().save(tmp_path)
+    tokenizer = Tokenizer.from_file(tmp_path)
+    tokenizer.add_special_tokens(["<|end|>", "<|user|>", "<|assistant|>", "<|system|>"])
+    tokenizer.save(tmp_path)
+    model = load_folder(tmp_path, dtype="float32", system="")
+    pixels = np.random.default_rng(0).integers(0, 256, (28, 56, 3), dtype=np.uint8)
+    prompts = [
+        model.inputs(
+            [{"role": "user", "content": [{"type": "image", "image": Image.fromarray(pixels)}, text]}]
+        )
+        for text in ({"type": "text", "text": t} for t in ("What is it?", "Is it a bird, or is it a plane?"))
+    ]
+    lengths = [len(prompt.token_ids) for prompt in prompts]
+    assert max(lengths) < 64
+    assert lengths[0] != lengths[1]
+    written = generate(model.model, [prompt.sequence for prompt in prompts], limit=70 - min(lengths))
+    for prompt, tokens in zip(prompts, written, strict=True):
+        whole = extend(prompt.sequence, Sequence.of_text(tokens))
+        for n, token in enumerate(tokens):
+            part = _first(whole, len(prompt.token_ids) + n)
+            logits = model.model.head.logits(model.model.hidden(part)[-1:])[0]
+            best, second = logits.topk(2).values.tolist()
+            assert int(logits.argmax()) == token or best - second < 1e-3
+
+
+def _first(sequence: Sequence, rows: int) -> Sequence:
+    """The document's first rows, which hold all its pictures."""
+    cut = {name: getattr(sequence, name)[:rows] for name in ("ids_T", "kind_T", "doc_T", "pos_T")}
+    return replace(sequence, **cut)
 
 
 def loaded(kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch, rows: int):

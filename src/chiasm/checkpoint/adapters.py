@@ -1,7 +1,8 @@
 """Adapters: move tensors between a public layout and our parameter names, and load them into a module.
 
 A checkpoint is planned before it is read: the configs give the full list of native parameters with shapes
-(`entries`), a speller of `original.py` or `hf.py` gives the public names of each. What the files lack, hold too much
+(`entries`), a speller of `original.py` or `hf.py` with the family's names (`language.py`) gives the public names of
+each. What the files lack, hold too much
 or hold in another shape is therefore known, and refused, before one tensor is read.
 
 Native names: `embedder.vision.*`, `embedder.connect.*`, `embedder.words.weight`, `trunk.*`, `head.weight`; the
@@ -22,6 +23,8 @@ from torch import Tensor, nn
 
 from chiasm.checkpoint.config import InternVLPublicConfig, is_internvl, language_from_public
 from chiasm.checkpoint.hf import spell_hf, spell_hf_old, spell_text
+from chiasm.checkpoint.language import Names, Speller, interleaved_rows, names_of
+from chiasm.checkpoint.lora import open_reader
 from chiasm.checkpoint.original import spell_original
 from chiasm.checkpoint.store import CheckpointReader
 from chiasm.errors import CheckpointError
@@ -187,6 +190,11 @@ def _language_entries(c: LanguageConfig) -> list[Entry]:
             Entry(f"{base}norm1.weight", (width,), (width,)),
             Entry(f"{base}attn.qkv.weight", (q + 2 * kv, width), (q, kv, kv)),
             *([Entry(f"{base}attn.qkv.bias", (q + 2 * kv,), (q, kv, kv))] if c.qkv_bias else []),
+            *(
+                [Entry(f"{base}attn.qk_norm.weight", (2 * c.head_dim,), (c.head_dim,) * 2)]
+                if c.qk_norm
+                else []
+            ),
             Entry(f"{base}attn.out.weight", (width, q), (width,)),
             Entry(f"{base}norm2.weight", (width,), (width,)),
             Entry(f"{base}ffn.gate_up.weight", (2 * inner, width), (inner, inner)),
@@ -206,13 +214,15 @@ class TableAdapter:
         spell: native name -> public names, whose rows are stacked in that order.
         head_copy: where words are tied, write the output matrix all the same (the original layout forces it).
         ignored: public names that a file may hold though they are no parameters of the model.
+        qkv_rows: public order of the decoder's q|k|v rows, where it is another: public == native[qkv_rows].
     """
 
     layout: Layout
     plan: tuple[Entry, ...]
-    spell: Callable[[str], tuple[str, ...]]
+    spell: Speller
     head_copy: bool = False
     ignored: frozenset[str] = frozenset()
+    qkv_rows: Tensor | None = None
 
     def pieces(self, entry: Entry) -> list[tuple[str, Shape]]:
         """Public names and shapes that make one native tensor."""
@@ -262,18 +272,30 @@ class TableAdapter:
         """
         self.check(reader)
         for entry in self.plan:
-            pieces = [name for name, _ in self.pieces(entry)]
-            stored = functools.reduce(torch.promote_types, map(reader.dtype, pieces))
-            kind = dtype if dtype is not None and stored.is_floating_point else stored
-            out = torch.empty(entry.shape, dtype=kind, device=device)
-            at = 0
-            for name in pieces:
-                piece = reader.tensor(name)
-                out[at : at + piece.shape[0]].copy_(piece)
-                at += piece.shape[0]
-                del piece
-            yield entry.native, out
-            del out  # else this frame would keep one tensor beside the next
+            yield entry.native, self.read(reader, entry, dtype=dtype, device=device)
+
+    def read(
+        self,
+        reader: CheckpointReader,
+        entry: Entry,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+    ) -> Tensor:
+        """One native tensor of the plan; arguments as of `from_public`, which checks the whole first."""
+        pieces = [name for name, _ in self.pieces(entry)]
+        stored = functools.reduce(torch.promote_types, map(reader.dtype, pieces))
+        kind = dtype if dtype is not None and stored.is_floating_point else stored
+        out = torch.empty(entry.shape, dtype=kind, device=device)
+        at = 0
+        for name in pieces:
+            piece = reader.tensor(name)
+            if self._reordered(entry.native):
+                piece = piece[torch.argsort(self.qkv_rows)]  # type: ignore[arg-type]
+            out[at : at + piece.shape[0]].copy_(piece)
+            at += piece.shape[0]
+            del piece
+        return out
 
     def check(self, reader: CheckpointReader) -> None:
         """Raise CheckpointError, with names and shapes, unless every tensor is mapped."""
@@ -282,13 +304,13 @@ class TableAdapter:
             return
         remedy = "is it the checkpoint of this config.json?"
         if any(".lora_" in key or "base_model.model." in key for key in difference.unexpected):
-            remedy = "these are LoRA weights, merge them into the model first"
+            remedy = "these are adapter weights of a kind that is not read: merge them into the model first"
         raise CheckpointError(f"{reader.folder} does not fit its config: {difference}; {remedy}")
 
     def to_public(
         self, native: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
     ) -> Iterator[tuple[str, Tensor]]:
-        """Yield (public name, tensor) as native tensors arrive, in their order; pieces are views.
+        """Yield (public name, tensor) as native tensors arrive, in their order; pieces are views, save reordered ones.
 
         Args:
             native: the parameters of the plan, each once. Where words are tied, ``head.weight`` may come along and
@@ -312,6 +334,8 @@ class TableAdapter:
                 raise CheckpointError(
                     f"{name} should have shape {entry.shape} by the config, found {tuple(tensor.shape)}"
                 )
+            if self._reordered(name):
+                tensor = tensor[self.qkv_rows]
             at = 0
             for public, shape in self.pieces(entry):
                 yield public, tensor[at : at + shape[0]]
@@ -322,16 +346,26 @@ class TableAdapter:
             left = {name: entry.shape for name, entry in pending.items()}
             raise CheckpointError(f"cannot write the {self.layout} layout: missing {_listed(left)}")
 
+    def _reordered(self, native: str) -> bool:
+        return (
+            self.qkv_rows is not None and native.startswith("trunk.") and native.endswith(".attn.qkv.weight")
+        )
+
     def _ignores(self, key: str) -> bool:
         return key in self.ignored or key.endswith((".rotary_emb.inv_freq", ".position_ids"))
 
 
-_SPELLERS: dict[str, Callable[[str], tuple[str, ...]]] = {
+_SPELLERS: dict[str, Callable[[str, Names], tuple[str, ...]]] = {
     "original": spell_original,
     "hf": spell_hf,
     "hf-old": spell_hf_old,
     "text": spell_text,
 }
+
+
+def _speller(layout: str, family: str) -> Speller:
+    names = names_of(family, of_transformers=layout in ("hf", "hf-old"))
+    return lambda native: _SPELLERS[layout](native, names)
 
 
 def adapter_for(
@@ -344,7 +378,7 @@ def adapter_for(
     """The adapter of a layout for a model of these sizes.
 
     Raises:
-        CheckpointError: the layout is unknown, or does not go with or without an encoder.
+        CheckpointError: the layout is unknown, does not go with or without an encoder, or has no words for the family.
     """
     if layout not in _SPELLERS:
         raise CheckpointError(f"unknown checkpoint layout {layout!r}: use one of {', '.join(_SPELLERS)}")
@@ -352,13 +386,19 @@ def adapter_for(
         raise CheckpointError(
             f"the {layout} layout {'has no' if layout == 'text' else 'needs a'} vision encoder"
         )
-    spell = _SPELLERS[layout]
+    if layout in ("hf", "hf-old") and language.family == "phi3":
+        raise CheckpointError(
+            f"the {layout} layout has no port of InternVL on Phi-3: such a model exists in the original layout only"
+        )
+    spell = _speller(layout, language.family)
+    own = names_of(language.family, of_transformers=layout in ("hf", "hf-old"))
     return TableAdapter(
         layout=layout,
         plan=entries(language=language, vision=vision, downsample_ratio=downsample_ratio),
         spell=spell,
         head_copy=layout == "original",
         ignored=frozenset(spell("head.weight")) if language.tie_words else frozenset(),
+        qkv_rows=interleaved_rows(language) if own.interleaved else None,
     )
 
 
@@ -366,7 +406,7 @@ _MARKS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("hf", ("model.vision_tower.", "model.multi_modal_projector.", "model.language_model.")),
     ("hf-old", ("vision_tower.", "multi_modal_projector.")),
     ("original", ("vision_model.", "mlp1.")),
-    ("text", ("model.embed_tokens.", "model.layers.", "model.norm.")),
+    ("text", ("model.embed_tokens.", "model.tok_embeddings.", "model.layers.", "model.norm.")),
 )
 
 
@@ -434,25 +474,28 @@ def open_checkpoint(folder: str | Path) -> OpenedCheckpoint:
     """Read config and headers of a checkpoint folder of any known layout; no tensor is read.
 
     Words are tied when the output matrix is absent, or when the config ties them and the matrix equals the table;
-    an original checkpoint with an output matrix is untied.
+    an original checkpoint with an output matrix is untied. LoRA adapters that the training script of the release has
+    saved are merged when their tensors are read.
 
     Raises:
-        CheckpointError: what `CheckpointReader` and `detect_layout` raise, or the output matrix is missing while
+        CheckpointError: what `open_reader` and `detect_layout` raise, or the output matrix is missing while
             the config denies tying.
         ConfigError: the config asks for what is not supported.
     """
-    reader = CheckpointReader(folder)
+    reader = open_reader(folder)
     layout = detect_layout(reader.config, reader.keys())
     if layout == "text":
         language = language_from_public(reader.config)
-        tied = _is_tied(reader, spell_text, claimed=language.tie_words, forced_apart=False)
+        spell = _speller(layout, language.family)
+        tied = _is_tied(reader, spell, claimed=language.tie_words, forced_apart=False)
         language = language_from_public(reader.config, tie_words=tied)
         return OpenedCheckpoint(
             reader=reader, layout=layout, adapter=adapter_for(layout, language=language), language=language
         )
     original = layout == "original"
     public = (InternVLPublicConfig.from_original if original else InternVLPublicConfig.from_hf)(reader.config)
-    tied = _is_tied(reader, _SPELLERS[layout], claimed=public.tie_words, forced_apart=original)
+    spell = _speller(layout, public.language_config().family)
+    tied = _is_tied(reader, spell, claimed=public.tie_words, forced_apart=original)
     language, vision = public.language_config(tie_words=tied), public.vision_config()
     adapter = adapter_for(layout, language=language, vision=vision, downsample_ratio=public.downsample_ratio)
     return OpenedCheckpoint(
@@ -460,9 +503,7 @@ def open_checkpoint(folder: str | Path) -> OpenedCheckpoint:
     )
 
 
-def _is_tied(
-    reader: CheckpointReader, spell: Callable[[str], tuple[str, ...]], *, claimed: bool, forced_apart: bool
-) -> bool:
+def _is_tied(reader: CheckpointReader, spell: Speller, *, claimed: bool, forced_apart: bool) -> bool:
     (head,), (words,) = spell("head.weight"), spell("embedder.words.weight")
     if head not in reader:
         return claimed  # if not claimed, the adapter reports the matrix as missing

@@ -13,17 +13,17 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from chiasm.checkpoint.hf import (
     HF_VISION_CONSTANTS,
-    LANGUAGE_DEFAULTS,
     rope_keys_of_4,
     vision_from_hf,
     vision_to_hf,
 )
+from chiasm.checkpoint.language import LANGUAGE_DEFAULTS
 from chiasm.checkpoint.original import AUTO_MAP, TOP_DEFAULTS, complete_vision
 from chiasm.checkpoint.store import CONFIG, read_json
 from chiasm.errors import CheckpointError, ConfigError
@@ -88,6 +88,7 @@ _LANGUAGE_KINDS = {
     "num_key_value_heads": "a positive integer",
     "head_dim": "a positive integer",
     "max_position_embeddings": "a positive integer",
+    "original_max_position_embeddings": "a positive integer",
     "rms_norm_eps": "a number",
     "rope_theta": "a number",
     "rope_scaling": "an object",
@@ -117,6 +118,8 @@ _ROPE_NUMBERS = {
     "dynamic": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
+# What the `-hf` layouts call a Llama: the same function under other names (InternLM2's rows in another order).
+_SPELT_AS_LLAMA = ("internlm2", "internlm3")
 # Of an original llm_config, what text_config shares with it; the rest is kept aside when writing `-hf`, because
 # transformers 5 reads some old keys as orders (auto_map, attention implementations, generation settings).
 _SHARED_LANGUAGE_KEYS = frozenset(
@@ -131,6 +134,7 @@ _SHARED_LANGUAGE_KEYS = frozenset(
         "head_dim",
         "hidden_act",
         "max_position_embeddings",
+        "original_max_position_embeddings",
         "initializer_range",
         "rms_norm_eps",
         "use_cache",
@@ -252,6 +256,13 @@ class InternVLPublicConfig:
             refuse_unsupported({**(aside or {}), **self.llm})
         return language_from_public(self.llm, tie_words=self.tie_words if tie_words is None else tie_words)
 
+    def with_llm(self, config: Mapping[str, Any], **changes: Any) -> InternVLPublicConfig:
+        """The same eyes with another language model, of which ``config`` is the whole ``config.json``."""
+        llm, aside = _split_language(copy.deepcopy({**config, **changes}))
+        original, hf = copy.deepcopy(self.original_extras), copy.deepcopy(self.hf_extras)
+        hf.pop("text_config", None)
+        return replace(self, llm=llm, original_extras={**original, "llm_config": aside}, hf_extras=hf)
+
     @classmethod
     def from_original(cls, config: Mapping[str, Any]) -> InternVLPublicConfig:
         """From the ``config.json`` of an `InternVLChatModel`.
@@ -261,14 +272,9 @@ class InternVLPublicConfig:
         """
         config = copy.deepcopy(dict(config))
         vision, vision_extras = complete_vision(_section(config, "vision_config"))
-        llm = _section(config, "llm_config")
+        llm, llm_extras = _split_language(_section(config, "llm_config"))
         extras = {key: value for key, value in config.items() if key not in _ORIGINAL_TOP}
-        kept = {
-            "vision_config": vision_extras,
-            "llm_config": {key: value for key, value in llm.items() if key not in _SHARED_LANGUAGE_KEYS},
-        }
-        llm = {key: value for key, value in llm.items() if key in _SHARED_LANGUAGE_KEYS}
-        llm.setdefault("model_type", _model_type(kept["llm_config"].get("architectures")))
+        kept = {"vision_config": vision_extras, "llm_config": llm_extras}
         hf_extras = _nested(config, "hf_config")
         return cls(
             vision=vision,
@@ -308,13 +314,12 @@ class InternVLPublicConfig:
                 raise ConfigError(f"vision_config {key} is {section[key]!r}: an InternViT has {expected!r}")
         vision, vision_extras = vision_from_hf(section)
         text = _section(config, "text_config")
-        llm = {key: value for key, value in text.items() if key in _SHARED_LANGUAGE_KEYS}
-        text_extras = {key: value for key, value in text.items() if key not in _SHARED_LANGUAGE_KEYS}
-        llm.setdefault("model_type", _model_type(text_extras.get("architectures")))
+        llm, text_extras = _split_language(text)
         extras = {key: value for key, value in config.items() if key not in _HF_TOP}
         kept = {"vision_config": vision_extras, "text_config": text_extras}
         extras |= {key: value for key, value in kept.items() if value}
         original = _nested(config, "original_config")
+        llm["model_type"] = _before_conversion(llm["model_type"], text_extras, original.get("llm_config"))
         top = {**TOP_DEFAULTS, "ps_version": "v2", "dynamic_image_size": True, "use_thumbnail": True}
         top |= {"max_dynamic_patch": 12, "template": _HF_TEMPLATE}
         top = {key: _or(original.pop(key, None), default) for key, default in top.items()}
@@ -347,6 +352,8 @@ class InternVLPublicConfig:
         architecture, _ = FAMILIES.get(str(llm.get("model_type")), (None, None))
         if architecture is not None:
             llm_extras.setdefault("architectures", [architecture])
+        if llm.get("model_type") in _SPELT_AS_LLAMA:
+            llm_extras.setdefault("bias", False)  # the remote class takes true where the key is absent
         out: dict[str, Any] = {
             "architectures": ["InternVLChatModel"],
             "model_type": "internvl_chat",
@@ -383,7 +390,16 @@ class InternVLPublicConfig:
         extras = copy.deepcopy(self.hf_extras)
         vision = vision_to_hf(copy.deepcopy(self.vision), extras.pop("vision_config", {}))
         text_extras = extras.pop("text_config", {})
-        llm = copy.deepcopy(self.llm)
+        llm, kind = copy.deepcopy(self.llm), str(self.llm.get("model_type"))
+        original_extras = copy.deepcopy(self.original_extras)
+        if kind == "phi3":
+            raise ConfigError(
+                "model_type is 'phi3': the -hf layout has no port of InternVL on Phi-3, only the original layout does"
+            )
+        if kind in _SPELT_AS_LLAMA:
+            stated = {key: value for key, value in llm.items() if value is not None}
+            llm = {**LANGUAGE_DEFAULTS[kind], **llm, **stated, "model_type": "llama"}
+            original_extras.setdefault("llm_config", {})["model_type"] = kind
         if old:
             llm = rope_keys_of_4(llm)
         original = {key: getattr(self, key) for key in TOP_DEFAULTS}
@@ -404,7 +420,7 @@ class InternVLPublicConfig:
                 **extras,
                 "text_config": {**llm, **text_extras, "tie_word_embeddings": self.tie_words},
                 "vision_config": vision,
-                "original_config": {**original, **copy.deepcopy(self.original_extras)},
+                "original_config": {**original, **original_extras},
             },
             ("torch_dtype", "dtype"),
         )
@@ -459,6 +475,14 @@ def _section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     return section
 
 
+def _split_language(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(the keys that both layouts share, with a ``model_type``; the rest)."""
+    shared = {key: value for key, value in config.items() if key in _SHARED_LANGUAGE_KEYS}
+    rest = {key: value for key, value in config.items() if key not in _SHARED_LANGUAGE_KEYS}
+    shared.setdefault("model_type", _model_type(rest.get("architectures")))
+    return shared, rest
+
+
 def _nested(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     """What the other layout left, with sections that are objects."""
     nested = config.get(name) or {}
@@ -499,6 +523,19 @@ def _check_language(config: Mapping[str, Any]) -> None:
             if rope.get(number) is None:
                 raise ConfigError(f"language config {key} of type {kind!r} lacks {number!r}")
         _check_kinds(f"language config {key}", rope, _ROPE_KINDS)
+
+
+def _before_conversion(kind: Any, text: Mapping[str, Any], original: dict[str, Any] | None) -> Any:
+    """The ``model_type`` that a `-hf` Llama had in the original layout: what a conversion noted, or still names.
+
+    What it noted is taken out of ``original``.
+    """
+    noted = (original or {}).pop("model_type", None)
+    named = _model_type(text.get("architectures"))
+    for found in (noted, named):
+        if kind == "llama" and found in _SPELT_AS_LLAMA and named in (None, found):
+            return found
+    return kind
 
 
 def _or(value: Any, default: Any) -> Any:

@@ -8,19 +8,32 @@ each layout wants elsewhere: the id of `<IMG_CONTEXT>`, the processor's settings
 from __future__ import annotations
 
 import json
+import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from chiasm.checkpoint.adapters import OpenedCheckpoint, adapter_for, open_checkpoint
+from chiasm.checkpoint.adapters import OpenedCheckpoint, adapter_for, detect_layout, open_checkpoint
 from chiasm.checkpoint.config import InternVLPublicConfig
+from chiasm.checkpoint.edit import (
+    Draft,
+    Part,
+    check_apart,
+    draft_of,
+    extract,
+    with_image_size,
+    with_language,
+    with_vocabulary,
+)
+from chiasm.checkpoint.lora import MergedReader
 from chiasm.checkpoint.preprocess import IMAGE_PROCESSOR, PROCESSOR, preprocessor_files, read_tile_policy
-from chiasm.checkpoint.store import read_json, write_checkpoint
+from chiasm.checkpoint.store import CheckpointReader, read_json, write_checkpoint
 from chiasm.errors import CheckpointError, ConfigError, UsageError
-from chiasm.text.templates import TEMPLATES
+from chiasm.text.templates import TEMPLATES, get_template
 
-__all__ = ["ConvertReport", "Target", "added_tokens", "convert"]
+__all__ = ["ConvertReport", "Target", "added_tokens", "convert", "convert_part"]
 
 Target = Literal["original", "hf", "hf-old"]
 
@@ -102,51 +115,75 @@ def convert(
     force: bool = False,
     max_shard_bytes: int = 5_000_000_000,
     image_token_id: int | None = None,
+    language: str | Path | None = None,
+    template: str | None = None,
+    vocab_size: int | None = None,
+    image_size: int | None = None,
+    seed: int = 0,
 ) -> ConvertReport:
-    """Write the InternVL checkpoint in ``src`` to ``dst`` in another layout.
+    """Write the InternVL checkpoint in ``src`` to ``dst`` in another layout, changed on the way if wanted.
 
     Args:
-        src: a checkpoint folder of any InternVL layout (Qwen2 and Llama language models).
+        src: a checkpoint folder of any InternVL layout; LoRA adapters that training has saved are merged.
         dst: the folder to write; it appears whole or not at all.
         to: ``"original"`` (remote code), ``"hf"`` (the parameter names of transformers), ``"hf-old"`` (the names and
             config keys that its releases before 5 know; it reads both).
         force: replace ``dst`` if it is a checkpoint folder.
         max_shard_bytes: a weight file is closed before it would grow beyond this.
         image_token_id: id of ``<IMG_CONTEXT>``, where ``src`` has neither tokenizer nor a note of it.
+        language: folder of a language model alone, to take the place of the source's (`edit.with_language`).
+        template: name of the chat template to note; None keeps the source's.
+        vocab_size: rows of word table and output matrix (`edit.with_vocabulary`).
+        image_size: side of a tile in pixels (`edit.with_image_size`).
+        seed: of what is drawn at random for a new language model or new rows.
 
     Raises:
         UsageError: the target is unknown, or ``dst`` is ``src``, holds it or lies in it.
         CheckpointError: ``src`` cannot be read or ``dst`` cannot be written.
-        ConfigError: the target layout cannot express the model.
+        ConfigError: the target layout cannot express the model, or a change does not fit it.
+        TemplateError: the template is unknown, or does not fit the new language model's tokenizer.
     """
     src, dst = Path(src), Path(dst)
     if to not in get_args(Target):
         raise UsageError(f"unknown layout {to!r}: convert to one of {', '.join(get_args(Target))}")
-    here, there = src.resolve(), dst.resolve()
-    if here == there or here in there.parents or there in here.parents:
-        raise UsageError(f"{dst} is, holds or lies in the source {src}: write to a folder of its own")
+    check_apart(src, dst)
+    if language is not None:
+        check_apart(Path(language), dst)
     opened = open_checkpoint(src)
-    with opened.reader:
+    with opened.reader, tempfile.TemporaryDirectory() as made:
         if opened.public is None or opened.vision is None:
             raise UsageError(f"{src} is a language model alone: it has one layout only, nothing to convert")
         opened.adapter.check(opened.reader)
-        public = _completed(opened, opened.public, image_token_id)
+        if template is not None:
+            _ = get_template(template)
+        draft = draft_of(opened, _completed(opened, opened.public, image_token_id))
+        words = src
+        if language is not None:
+            draft = with_language(draft, language, template=template, seed=seed)
+            words = _words_folder(Path(made), draft, Path(language))
+        if vocab_size is not None:
+            needed = 1 + max([*added_tokens(words).values(), draft.public.image_token_id or 0])
+            draft = with_vocabulary(draft, vocab_size, needed=needed, seed=seed)
+        if image_size is not None:
+            draft = with_image_size(draft, image_size)
+        public = draft.public if template is None else replace(draft.public, template=template)
         adapter = adapter_for(
             to,
-            language=opened.language,
-            vision=opened.vision,
+            language=draft.language,
+            vision=draft.vision,
             downsample_ratio=public.downsample_ratio,
         )
         config = public.to_original() if to == "original" else public.to_hf(old=to == "hf-old")
-        files = _files(opened, public, to)
+        files = _files(opened, public, to, words)
         written = write_checkpoint(
             dst,
-            adapter.to_public(opened.adapter.from_public(opened.reader)),
+            adapter.to_public(draft.tensors),
             config,
             max_shard_bytes=max_shard_bytes,
             files=files,
             force=force,
         )
+        notes = (*draft.notes, *_notes(opened, draft, public, to, words))
     return ConvertReport(
         source=opened.layout,
         target=to,
@@ -155,8 +192,44 @@ def convert(
         bytes=written.bytes,
         shards=written.shards,
         files=tuple(sorted(files)),
-        notes=tuple(_notes(opened, public, to)),
+        notes=notes,
     )
+
+
+def convert_part(src: str | Path, dst: str | Path, part: Part, *, force: bool = False) -> ConvertReport:
+    """Write the encoder, the projector or the language model of ``src`` to ``dst`` (see `edit.extract`).
+
+    The tokenizer goes with the language model, and the image processor with the encoder.
+
+    Raises:
+        UsageError, CheckpointError, ConfigError: as of `edit.extract`.
+    """
+    src = Path(src)
+    names = {
+        "vision": (IMAGE_PROCESSOR,),
+        "language": (*_TOKENIZER_FILES, GENERATION),
+    }.get(part, ())
+    files = {name: src / name for name in names if (src / name).is_file()}
+    written = extract(src, dst, part, files=files, force=force)
+    with open_checkpoint(src).reader as reader:
+        layout, notes = detect_layout(reader.config, reader), _merged(reader)
+    return ConvertReport(
+        source=layout,
+        target=part,
+        folder=str(dst),
+        tensors=written.tensors,
+        bytes=written.bytes,
+        shards=written.shards,
+        files=tuple(sorted(files)),
+        notes=notes,
+    )
+
+
+def _merged(reader: CheckpointReader) -> tuple[str, ...]:
+    """A note on adapters that were merged."""
+    if not isinstance(reader, MergedReader):
+        return ()
+    return (f"LoRA adapters of {reader.merged} weights were merged",)
 
 
 def _completed(
@@ -196,28 +269,39 @@ def _forced_size(public: InternVLPublicConfig, side: int) -> int | None:
     return side if public.force_image_size or side != public.vision["image_size"] else None
 
 
+def _words_folder(made: Path, draft: Draft, language: Path) -> Path:
+    """A folder with the files that belong to a new language model's words."""
+    if draft.tokenizer is not None:
+        draft.tokenizer.save(made)
+    if (language / GENERATION).is_file():
+        shutil.copyfile(language / GENERATION, made / GENERATION)
+    return made
+
+
 def _files(
-    opened: OpenedCheckpoint, public: InternVLPublicConfig, to: Target
+    opened: OpenedCheckpoint, public: InternVLPublicConfig, to: Target, words: Path
 ) -> dict[str, str | bytes | Path]:
-    """Everything beside weights and config.json."""
+    """Everything beside weights and config.json; what belongs to the tokenizer comes from the folder ``words``."""
     folder, source = opened.reader.folder, _source_layout(opened)
     files: dict[str, str | bytes | Path] = {
-        name: folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()
+        name: words / name for name in _TOKENIZER_FILES if (words / name).is_file()
     }
     same_family = (source == "original") == (to == "original")
+    own_words = words.resolve() == folder.resolve()
+    policy = read_tile_policy(folder, opened.public or public, source)
     if same_family:
-        names = (*_PROCESSOR_FILES, CHAT_TEMPLATE, "chat_template.json")
+        names = (*_PROCESSOR_FILES, *((CHAT_TEMPLATE, "chat_template.json") if own_words else ()))
         files |= {name: folder / name for name in names if (folder / name).is_file()}
-    else:
-        policy = read_tile_policy(folder, public, source)
+    if not same_family or policy.image_size != public.image_size:
+        policy = replace(policy, image_size=public.image_size)
         made = preprocessor_files(policy, to, tokens_per_tile=public.tokens_per_tile)
         files |= {name: _text(content) for name, content in made.items()}
-    if to != "original" and not same_family:
+    if to != "original" and not (same_family and own_words):
         if TOKENIZER_CONFIG in files:
-            files[TOKENIZER_CONFIG] = _text(_with_named_tokens(read_json(folder / TOKENIZER_CONFIG)))
+            files[TOKENIZER_CONFIG] = _text(_with_named_tokens(read_json(words / TOKENIZER_CONFIG)))
         if _is_chatml(public):
             files[CHAT_TEMPLATE] = _HF_CHAT_TEMPLATE
-    generation = _generation(folder, public, to)
+    generation = _generation(words, public, to)
     if generation:
         files[GENERATION] = _text(generation)
     return files
@@ -295,15 +379,15 @@ def added_tokens(folder: str | Path) -> dict[str, int]:
     return found
 
 
-def _notes(opened: OpenedCheckpoint, public: InternVLPublicConfig, to: Target) -> list[str]:
+def _notes(
+    opened: OpenedCheckpoint, draft: Draft, public: InternVLPublicConfig, to: Target, words: Path
+) -> list[str]:
     notes = []
-    if not any(
-        (opened.reader.folder / name).is_file()
-        for name in ("tokenizer.json", "vocab.json", "tokenizer.model")
-    ):
+    if not any((words / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer.model")):
         notes.append("the source has no tokenizer files: none were written")
+    notes += _merged(opened.reader)
     if to == "original":
-        if opened.language.tie_words:
+        if draft.language.tie_words:
             notes.append("tied words were written out as a second matrix, as the original layout needs")
         notes.append(
             "transformers needs the release's Python files beside an original checkpoint; Chiasm does not"

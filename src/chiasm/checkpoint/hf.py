@@ -1,4 +1,4 @@
-"""The layouts of transformers: InternVL `-hf` in its two prefixes, and plain Qwen2 / Llama language models.
+"""The layouts of transformers: InternVL `-hf` in its two prefixes, and language models alone.
 
 Source: the checkpoints themselves and the InternVL classes of transformers (4.52 to 5.23). Two prefixes exist:
 `hf` is what the classes call their parameters (`model.language_model.*`, `model.vision_tower.*`, `lm_head.weight`);
@@ -6,37 +6,25 @@ Source: the checkpoints themselves and the InternVL classes of transformers (4.5
 `language_model.lm_head.weight`). Both load in transformers. Here are names and config keys only; `adapters.py`
 moves the tensors and `config.py` holds what the keys mean.
 
-A speller maps one native name to the public names whose rows, stacked, make the native tensor (q, k, v or gate, up).
+The language families' own names are in `language.py`.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from chiasm.checkpoint.language import Names, spell_language
 from chiasm.parts.vision.internvit import VISION_DEFAULTS
 
 __all__ = [
     "HF_VISION_CONSTANTS",
-    "LANGUAGE_DEFAULTS",
     "rope_keys_of_4",
     "spell_hf",
     "spell_hf_old",
-    "spell_language",
     "spell_text",
     "vision_from_hf",
     "vision_to_hf",
 ]
-
-_BLOCK = {
-    "norm1.weight": ("input_layernorm.weight",),
-    "norm2.weight": ("post_attention_layernorm.weight",),
-    "attn.qkv.weight": ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
-    "attn.qkv.bias": ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"),
-    "attn.out.weight": ("self_attn.o_proj.weight",),
-    "ffn.gate_up.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
-    "ffn.down.weight": ("mlp.down_proj.weight",),
-}
-"""Decoder block: native -> transformers, the same for Qwen2 and Llama."""
 
 _VISION = {
     "class_embedding": "embeddings.cls_token",
@@ -60,24 +48,6 @@ _VISION_BLOCK = {
 _CONNECT = {"norm": "layer_norm", "fc1": "linear_1", "fc2": "linear_2"}
 
 
-def spell_language(native: str, base: str, head: str) -> tuple[str, ...]:
-    """Public names of a language parameter.
-
-    Args:
-        native: a name under ``trunk.``, ``embedder.words.`` or ``head.``.
-        base: prefix of the decoder, with its dot (``"model."``).
-        head: full name of the output matrix (``"lm_head.weight"``).
-    """
-    if native == "embedder.words.weight":
-        return (f"{base}embed_tokens.weight",)
-    if native == "head.weight":
-        return (head,)
-    if native == "trunk.norm.weight":
-        return (f"{base}norm.weight",)
-    _, _, layer, rest = native.split(".", 3)  # trunk.layers.{layer}.{rest}
-    return tuple(f"{base}layers.{layer}.{name}" for name in _BLOCK[rest])
-
-
 def _spell_tower(native: str, tower: str, projector: str) -> tuple[str, ...]:
     """Public names of a parameter under ``embedder.vision.`` or ``embedder.connect.``."""
     _, part, rest = native.split(".", 2)
@@ -96,23 +66,23 @@ def _spell_tower(native: str, tower: str, projector: str) -> tuple[str, ...]:
     return (f"{base}{_VISION_BLOCK[stem]}.{leaf}",)
 
 
-def spell_hf(native: str) -> tuple[str, ...]:
+def spell_hf(native: str, names: Names) -> tuple[str, ...]:
     """Names in the newer prefix, ``model.language_model.*``."""
     if native.startswith(("embedder.vision.", "embedder.connect.")):
         return _spell_tower(native, "model.vision_tower.", "model.multi_modal_projector.")
-    return spell_language(native, "model.language_model.", "lm_head.weight")
+    return spell_language(native, names, "model.language_model.", "")
 
 
-def spell_hf_old(native: str) -> tuple[str, ...]:
+def spell_hf_old(native: str, names: Names) -> tuple[str, ...]:
     """Names in the older prefix, ``language_model.model.*``."""
     if native.startswith(("embedder.vision.", "embedder.connect.")):
         return _spell_tower(native, "vision_tower.", "multi_modal_projector.")
-    return spell_language(native, "language_model.model.", "language_model.lm_head.weight")
+    return spell_language(native, names, "language_model.model.", "language_model.")
 
 
-def spell_text(native: str) -> tuple[str, ...]:
+def spell_text(native: str, names: Names) -> tuple[str, ...]:
     """Names in a language model of its own, ``model.*``."""
-    return spell_language(native, "model.", "lm_head.weight")
+    return spell_language(native, names, "model.", "")
 
 
 _VISION_KEYS = {
@@ -142,29 +112,6 @@ HF_VISION_CONSTANTS: dict[str, Any] = {
     "use_mean_pooling": True,
 }
 """Keys that an InternViT always has so; the original layout has no word for them."""
-
-LANGUAGE_DEFAULTS: dict[str, dict[str, Any]] = {
-    "qwen2": {
-        "vocab_size": 151_936,
-        "hidden_size": 4096,
-        "intermediate_size": 22_016,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-        "max_position_embeddings": 32_768,
-        "rms_norm_eps": 1e-6,
-    },
-    "llama": {
-        "vocab_size": 32_000,
-        "hidden_size": 4096,
-        "intermediate_size": 11_008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "max_position_embeddings": 2048,
-        "rms_norm_eps": 1e-6,
-    },
-}
-"""Class defaults by ``model_type``, for sub-configs that were saved as differences from them."""
 
 
 def vision_from_hf(public: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -1,18 +1,16 @@
-"""The layout of the releases: `InternVLChatModel` with its remote code, for Qwen2 and Llama language models.
+"""The layout of the releases: `InternVLChatModel` with its remote code.
 
 Source: the released checkpoints and their configuration classes (InternVL 2.5, arXiv 2412.05271). Names and config
 keys only; `adapters.py` moves the tensors and `config.py` holds what the keys mean. The vision side keeps its fused
-`attn.qkv`; the language side carries the names of transformers under `language_model.`, and its output matrix is
-always a tensor of its own (these classes force untied words).
-
-A speller maps one native name to the public names whose rows, stacked, make the native tensor.
+`attn.qkv`; the language side carries its family's own names (`language.py`) under `language_model.`, and its output
+matrix is always a tensor of its own (these classes force untied words).
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from chiasm.checkpoint.hf import spell_language
+from chiasm.checkpoint.language import Names, spell_language
 from chiasm.parts.vision.internvit import VISION_DEFAULTS
 
 __all__ = ["AUTO_MAP", "TOP_DEFAULTS", "complete_vision", "spell_original"]
@@ -42,7 +40,7 @@ AUTO_MAP = {
 """Where transformers looks for the release's Python files (which are not ours to write)."""
 
 
-def spell_original(native: str) -> tuple[str, ...]:
+def spell_original(native: str, names: Names) -> tuple[str, ...]:
     """Names in the released layout."""
     if native.startswith("embedder.connect."):
         stem, _, leaf = native.removeprefix("embedder.connect.").rpartition(".")
@@ -51,7 +49,7 @@ def spell_original(native: str) -> tuple[str, ...]:
         rest = native.removeprefix("embedder.vision.")
         room = "encoder" if rest.startswith("layers.") else "embeddings"
         return (f"vision_model.{room}.{rest}",)
-    return spell_language(native, "language_model.model.", "language_model.lm_head.weight")
+    return spell_language(native, names, "language_model.model.", "language_model.")
 
 
 def complete_vision(public: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -1,6 +1,7 @@
-"""``chiasm convert SRC DST --to …``: a checkpoint in another public layout, or a training run as a bundle.
+"""``chiasm convert SRC DST --to …``: a checkpoint in another public layout, a part of it, or a run as a bundle.
 
-``--to original|hf|hf-old`` translates an InternVL checkpoint. ``--to bundle`` takes the run folder of
+``--to original|hf|hf-old`` translates an InternVL checkpoint and may change it on the way (language model, vocabulary,
+tile size). ``--to vision|projector|language`` writes that part alone. ``--to bundle`` takes the run folder of
 ``internvl/mini_sft`` and writes what `chiasm.load` reads as a chiasm-mini: config and bfloat16 weights.
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -25,7 +26,17 @@ class Layout(StrEnum):
     ORIGINAL = "original"
     HF = "hf"
     HF_OLD = "hf-old"
+    VISION = "vision"
+    PROJECTOR = "projector"
+    LANGUAGE = "language"
     BUNDLE = "bundle"
+
+
+_PARTS: dict[Layout, Literal["vision", "projector", "language"]] = {
+    Layout.VISION: "vision",
+    Layout.PROJECTOR: "projector",
+    Layout.LANGUAGE: "language",
+}
 
 
 def convert_command(
@@ -42,17 +53,52 @@ def convert_command(
         Layout,
         typer.Option(
             "--to",
-            help="original (remote code), hf (transformers), hf-old (before its release 5), or bundle (of a run).",
+            help="original (remote code), hf (transformers), hf-old (before its release 5); vision, projector or "
+            "language (that part alone); or bundle (of a run).",
             show_default=False,
         ),
     ],
+    language: Annotated[
+        Path | None,
+        typer.Option(
+            "--language",
+            metavar="FOLDER",
+            help="Put this language model in the place of SRC's; a projector of another width is drawn anew.",
+        ),
+    ] = None,
+    template: Annotated[
+        str | None, typer.Option("--template", metavar="NAME", help="Chat template to note in the config.")
+    ] = None,
+    vocab_size: Annotated[
+        int | None,
+        typer.Option("--vocab-size", metavar="ROWS", help="Cut or grow the vocabulary to this many rows."),
+    ] = None,
+    image_size: Annotated[
+        int | None,
+        typer.Option(
+            "--image-size", metavar="PIXELS", help="Side of a tile: positions are resampled to its grid."
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of what is drawn anew.")] = 0,
     force: Annotated[bool, typer.Option("--force", help="Replace DST if it is a checkpoint.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as one JSON object.")] = False,
 ) -> None:
     """Write an InternVL checkpoint in another public layout.
 
-    The weights stay the same, bit by bit; config, tokenizer and processor files are translated.
+    The weights stay the same, bit by bit; config, tokenizer and processor files are translated. LoRA adapters that
+    the release's training has saved are merged.
     """
+    changes = {
+        "language": language,
+        "template": template,
+        "vocab_size": vocab_size,
+        "image_size": image_size,
+    }
+    if to in (Layout.BUNDLE, *_PARTS):
+        given = next((name for name, value in changes.items() if value is not None), None)
+        if given is not None:
+            option = "--" + given.replace("_", "-")
+            raise UsageError(f"{option} changes a whole model: use it with --to original, hf or hf-old")
     if to is Layout.BUNDLE:
         report = _bundle(src, dst, force=force)
         print(
@@ -61,7 +107,7 @@ def convert_command(
             else f"{dst}: {report['bytes'] / 1e6:.1f} MB after {report['step']} steps"
         )
         return
-    from chiasm.checkpoint.convert import convert
+    from chiasm.checkpoint.convert import convert, convert_part
     from chiasm.hub import _model_type
 
     if _model_type(src) == "chiasm-mini":
@@ -70,7 +116,10 @@ def convert_command(
             f"written as {to.value}"
         )
     with waiting(f"converting {src}"):
-        report = convert(src, dst, to.value, force=force)
+        if to in _PARTS:
+            report = convert_part(src, dst, _PARTS[to], force=force)
+        else:
+            report = convert(src, dst, to.value, force=force, seed=seed, **changes)  # type: ignore[arg-type]
     if as_json:
         print(json.dumps(report.to_dict(), ensure_ascii=False))
         return

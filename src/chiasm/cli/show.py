@@ -1,4 +1,4 @@
-"""``chiasm show NAME``: what stands behind a name: a recipe, a model, a checkpoint folder, a chat template.
+"""``chiasm show NAME``: what stands behind a name: a recipe, a model, a checkpoint folder, a chat template, a preset.
 
 A folder is described from its config and the headers of its files; no weights are loaded.
 """
@@ -23,7 +23,7 @@ def show_command(
         str,
         typer.Argument(
             metavar="NAME",
-            help="A name of chiasm list, a checkpoint folder, or ./file.py:recipe.",
+            help="A name of chiasm list, a checkpoint folder, ./file.py:recipe, or a release (InternVL2_5-8B).",
             show_default=False,
         ),
     ],
@@ -35,7 +35,8 @@ def show_command(
 ) -> None:
     """Show what stands behind a name.
 
-    A recipe's whole tree, the facts of a model or a checkpoint folder, the strings of a chat template.
+    A recipe's whole tree, the facts of a model or a checkpoint folder, the strings of a chat template, the sizes of
+    a released model.
     """
     found = describe(name, tuple(overrides or ()))
     print(json.dumps(found, ensure_ascii=False) if as_json else "\n".join(tree_lines(found)))
@@ -65,6 +66,10 @@ def describe(name: str, overrides: tuple[str, ...] = ()) -> dict[str, Any]:
         return {"name": name, "kind": "chat template", **_fields(TEMPLATES[name], without=("name",))}
     if Path(name).expanduser().exists():
         return _folder(Path(name).expanduser())
+    from chiasm.systems.internvl.presets import PRESETS
+
+    if name in PRESETS:
+        return _preset(name)
     raise UsageError(f"nothing is called {name!r}: see chiasm list, or give a folder")
 
 
@@ -73,6 +78,26 @@ def _recipe(name: str, overrides: tuple[str, ...]) -> dict[str, Any]:
     from chiasm.train.recipe import apply_overrides, resolved
 
     return resolved(apply_overrides(find_recipe(name)(), overrides))
+
+
+def _preset(name: str) -> dict[str, Any]:
+    """The sizes of a released model; there are no weights behind this name."""
+    from chiasm.systems.internvl.presets import PRESETS, parameters
+
+    found = PRESETS[name]
+    counts, config = parameters(found.config), found.config
+    return {
+        "name": name,
+        "kind": "preset",
+        "parameters": counts | {"total": sum(counts.values())},
+        "made_from": found.language,
+        "unverified": list(found.unverified),
+        "language": _fields(config.language),
+        "vision": _fields(config.vision),
+        "tokens_per_tile": config.tokens_per_tile,
+        "template": config.template,
+        "tiles": _fields(config.tiles),
+    }
 
 
 def _bundled() -> dict[str, Any]:

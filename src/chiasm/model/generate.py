@@ -2,7 +2,8 @@
 
 A `Decoding` holds N documents that are being written. The prompts are read together as one flat ragged row (no
 padding, so nothing to mask wrongly); then each `step` gives one emission a document until all have ended. Only
-the last row of every prompt reaches the head. Documents that end leave the batch and its cache.
+the last row of every prompt reaches the head. Documents that end leave the batch and its cache. A document that grows
+past the length at which its rotary factors change (`Rope.switch`, Phi-3) is read again as a whole in that step.
 
 Legend: N live documents, C width, V vocabulary.
 """
@@ -101,6 +102,10 @@ class Decoding:
             capacity=max(len(p) + min(m, 256) for p, m in zip(prompts, limits, strict=True)),
         )
         self._next: Sequence | None = Sequence.pack(list(prompts))
+        self._switch: int | None = getattr(getattr(model.trunk, "rope", None), "switch", None)
+        self._read: list[
+            tuple[list[int], Sequence]
+        ] = []  # (documents, their rows) of every step; only with a switch
         begin = getattr(model.head, "begin", None)  # heads with a memory of their own look at the prompts
         if begin:
             begin(list(prompts), self._cache)
@@ -119,7 +124,7 @@ class Decoding:
         """One emission for every live document; empty when all have ended."""
         if not self._drop_ended() or self._next is None:
             return []
-        rows = self._next.to(self.model.device)
+        rows = self._rows(self._next).to(self.model.device)
         with single_row_products(len(rows) == 1):
             hidden_TC = self.model.hidden(rows, self._cache)
         hidden_NC = hidden_TC if rows.docs == len(rows) else hidden_TC[rows.segments().last_rows]
@@ -147,6 +152,23 @@ class Decoding:
             )
         self._next = replace(emission.next, pos_T=torch.tensor(positions))
         return events
+
+    def _rows(self, following: Sequence) -> Sequence:
+        """What is read in this step: the next row of every document, or all rows of one that starts over."""
+        if self._switch is None:
+            return following
+        self._read.append((self._live, following))
+        over = [n for n in range(len(self._live)) if self._cache.trunk.lengths[n] == self._switch]
+        if not over:
+            return following
+        pieces = following.split()
+        for n in over:
+            doc = self._live[n]
+            parts = [rows.split()[docs.index(doc)] for docs, rows in self._read if doc in docs]
+            whole = Sequence.pack(parts)
+            pieces[n] = replace(whole, doc_T=torch.zeros_like(whole.doc_T))
+            self._cache.restart(n)
+        return Sequence.pack(pieces)
 
     def _pick(self, logits_V: Tensor, doc: int) -> int:
         state = self._documents[doc]

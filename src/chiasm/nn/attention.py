@@ -113,6 +113,10 @@ class KVCache:
         for slot, n in zip(segments.slots, segments.lengths, strict=True):
             self.lengths[slot] += n
 
+    def restart(self, slot: int) -> None:
+        """Forget the past of one document; its rows are written over."""
+        self.lengths[slot] = 0
+
     def keep(self, slots: Seq[int]) -> None:
         """Keep only these rows, in this order; they become rows 0, 1, … of a smaller cache."""
         if list(slots) == list(range(self.slots)):

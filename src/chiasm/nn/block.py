@@ -1,8 +1,8 @@
 """The decoder block, composed rather than flagged: norms, attention, and a feed-forward that may route.
 
-One block serves Qwen2/2.5, Llama, and whatever else is RMSNorm + rotary grouped-query attention + SwiGLU:
-what a family changes (biases, widths, frequencies) arrives as constructor arguments of the parts; what a
-*system* changes (experts per modality) arrives as another feed-forward module.
+One block serves Qwen2 to Qwen3, Llama, InternLM2, Phi-3, and whatever else is RMSNorm + rotary grouped-query
+attention + SwiGLU: what a family changes (biases, widths, frequencies, a norm of heads) arrives as constructor
+arguments of the parts; what a *system* changes (experts per modality) arrives as another feed-forward module.
 
 Projections are stored fused (`qkv` rows = q | k | v, `gate_up` rows = gate | up): fewer and larger matrix
 products, which is most of the decoding speed on CPU. Checkpoint adapters split and join them.
@@ -32,10 +32,20 @@ class FeedForward(Protocol):
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention with rotary positions, through the one seam."""
+    """Causal grouped-query attention with rotary positions, through the one seam.
+
+    `qk_norm`, where a family has one, maps the (T, H + G, D) query and key heads before they are rotated.
+    """
 
     def __init__(
-        self, width: int, heads: int, kv_heads: int, head_dim: int, *, qkv_bias: bool = False
+        self,
+        width: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        *,
+        qkv_bias: bool = False,
+        qk_norm: nn.Module | None = None,
     ) -> None:
         super().__init__()
         if heads % kv_heads:
@@ -43,6 +53,7 @@ class Attention(nn.Module):
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
         self.qkv = nn.Linear(width, (heads + 2 * kv_heads) * head_dim, bias=qkv_bias)
         self.out = nn.Linear(heads * head_dim, width, bias=False)
+        self.qk_norm = nn.Identity() if qk_norm is None else qk_norm
 
     @property
     def splits(self) -> tuple[int, int, int]:
@@ -61,7 +72,7 @@ class Attention(nn.Module):
         """(T, C) -> (T, C); `table` holds the rotations of the T rows, `layer` is this one's place in the cache."""
         H, G = self.heads, self.kv_heads
         qkv = self.qkv(x_TC).view(-1, H + 2 * G, self.head_dim)
-        qk = rotate(qkv[:, : H + G], table)  # queries and keys turn in one call
+        qk = rotate(self.qk_norm(qkv[:, : H + G]), table)  # queries and keys turn in one call
         o = attend(qk[:, :H], qk[:, H:], qkv[:, H + G :], segments, cache=cache, layer=layer)
         return self.out(o.reshape(o.shape[0], -1))
 

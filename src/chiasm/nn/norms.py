@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-__all__ = ["RMSNorm", "rms_norm", "rms_norm_reference"]
+__all__ = ["HeadNorm", "RMSNorm", "rms_norm", "rms_norm_reference"]
 
 
 def rms_norm(x_D: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
@@ -21,7 +21,8 @@ def rms_norm(x_D: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Ten
 
     Args:
         x_D: (..., D) of any floating dtype.
-        weight_D: (D,) the gain; if its dtype is wider than that of ``x`` the result has the wider one.
+        weight_D: (D,) the gain, or one that broadcasts against ``x``; if its dtype is wider than that of ``x`` the
+            result has the wider one.
         eps: added to the mean square.
     """
     if x_D.is_cuda:
@@ -55,3 +56,26 @@ class RMSNorm(nn.Module):
     def extra_repr(self) -> str:
         """Show the width and eps in ``print(model)``."""
         return f"{self.weight.shape[0]}, eps={self.eps}"
+
+
+class HeadNorm(nn.Module):
+    """RMS normalisation of every query head and every key head on its own, before they are rotated (Qwen3).
+
+    All query heads share one gain and all key heads another: ``weight`` holds the query's D numbers, then the key's.
+    """
+
+    def __init__(self, heads: int, kv_heads: int, head_dim: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
+        self.weight = nn.Parameter(torch.ones(2 * head_dim))
+        self.eps = eps
+
+    def forward(self, x_THD: torch.Tensor) -> torch.Tensor:
+        """Normalise (T, H + G, D): query heads first, then key heads."""
+        q_1D, k_1D = self.weight.view(2, 1, self.head_dim)
+        gain_HD = torch.cat((q_1D.expand(self.heads, -1), k_1D.expand(self.kv_heads, -1)))
+        return rms_norm(x_THD, gain_HD, self.eps)
+
+    def extra_repr(self) -> str:
+        """Show heads, width and eps in ``print(model)``."""
+        return f"{self.heads} + {self.kv_heads} heads of {self.head_dim}, eps={self.eps}"

@@ -44,6 +44,12 @@ class ModelCache:
         if self.embed is not None:
             self.embed.keep(slots)
 
+    def restart(self, slot: int) -> None:
+        """Forget what was read of one document; a head's memory of it stays."""
+        self.trunk.restart(slot)
+        if self.embed is not None:
+            self.embed.restart(slot)
+
 
 @dataclass(frozen=True, slots=True)
 class LossPart:

@@ -1,9 +1,10 @@
 """LanguageConfig: one description of the decoder families, read from and written to their public configs.
 
-Source: the `config.json` of Qwen2/2.5 and Llama checkpoints (and `llm_config` / `text_config` inside InternVL's).
-A family is a preset of few facts (which bias, which name); everything else is plain numbers. Unknown keys of a
-public config are ignored here and kept by the checkpoint layer for writing back; keys that would change the function
-to one that the decoder does not compute are refused by name.
+Source: the `config.json` of Qwen2/2.5, Qwen3, Llama, InternLM2/2.5/3 and Phi-3 checkpoints (and `llm_config` /
+`text_config` inside InternVL's), as their public classes read them. A family is a preset of few facts (which bias,
+which norm, which name); everything else is plain numbers. Unknown keys of a public config are ignored here and kept
+by the checkpoint layer for writing back; keys that would change the function to one that the decoder does not
+compute are refused by name.
 """
 
 from __future__ import annotations
@@ -19,11 +20,29 @@ from chiasm.nn.rope import Rope
 FAMILIES = {
     "qwen2": ("Qwen2ForCausalLM", "qwen2"),
     "llama": ("LlamaForCausalLM", "llama"),
+    "internlm2": ("InternLM2ForCausalLM", "internlm2"),
+    "internlm3": ("InternLM3ForCausalLM", "internlm3"),
+    "phi3": ("Phi3ForCausalLM", "phi3"),
+    "qwen3": ("Qwen3ForCausalLM", "qwen3"),
 }
 """family -> (architectures[0], model_type) of the public config."""
 
-_CONVERTED = {"InternLM2ForCausalLM": "llama", "InternLM3ForCausalLM": "llama"}
-"""Architectures that converted files still name although their model_type, which readers obey, is another."""
+_CONVERTED = (
+    ("InternLM2ForCausalLM", "llama"),
+    ("InternLM3ForCausalLM", "llama"),
+    ("LlamaForCausalLM", "internlm3"),
+)
+"""Architectures that files name although their model_type, which readers obey, is another: leftovers of conversions to
+a Llama, and what transformers saves for InternLM3, which it computes with its Llama."""
+
+_NO_BIASES = {
+    "llama": ("attention_bias",),
+    "qwen3": ("attention_bias",),
+    "internlm2": ("bias",),
+    "internlm3": ("bias", "qkv_bias", "attention_bias"),
+}
+"""Keys that would give a family's output projection a bias too, which the block has no place for. The public classes
+of Qwen2 and Phi-3 read no such key."""
 
 
 def refuse_unsupported(config: Mapping[str, Any]) -> None:
@@ -50,15 +69,28 @@ def refuse_unsupported(config: Mapping[str, Any]) -> None:
         refuse("layer_types", "'full_attention' in every layer")
     if config.get("mlp_bias"):
         refuse("mlp_bias", "false")
-    # The public class of Llama gives the output projection a bias too, which the block has no place for; that of
-    # Qwen2 does not read this key.
-    if config.get("attention_bias") and _kind(config) == "llama":
-        refuse("attention_bias", "false in a Llama")
+    kind = _kind(config)
+    for key in _NO_BIASES.get(str(kind), ()):
+        if config.get(key):
+            refuse(key, f"false in {kind}")
+    if kind == "phi3":
+        _refuse_narrow_window(config)
     rope = config.get("rope_parameters")
     for where in (config, rope if isinstance(rope, Mapping) else {}):
         if where.get("partial_rotary_factor") not in (None, 1):
             found = where["partial_rotary_factor"]
             raise ConfigError(f"language config partial_rotary_factor is {found!r}: only 1 is supported")
+
+
+def _refuse_narrow_window(config: Mapping[str, Any]) -> None:
+    """Phi-3 masks by its window whenever it has one; a window that holds the whole context masks nothing."""
+    window, context = config.get("sliding_window"), config.get("max_position_embeddings") or 4096
+    if window is None or (isinstance(window, int) and isinstance(context, int) and window >= context):
+        return
+    raise ConfigError(
+        f"language config sliding_window is {window!r}: only null or at least max_position_embeddings ({context!r}) "
+        "is supported"
+    )
 
 
 def _architecture(config: Mapping[str, Any]) -> str | None:
@@ -79,7 +111,7 @@ def _agree(config: Mapping[str, Any]) -> None:
     """Raise ConfigError where the architecture is not one of the model_type's (any head of it is)."""
     architecture, kind = _architecture(config), _kind(config)
     known = {name: of for name, of in FAMILIES.values()}
-    if architecture is None or _CONVERTED.get(architecture) == kind:
+    if architecture is None or (architecture, kind) in _CONVERTED:
         return
     message = (
         f"language config architectures[0] is {architecture!r} but model_type {kind!r}: correct one of them"
@@ -97,7 +129,7 @@ def _agree(config: Mapping[str, Any]) -> None:
 class LanguageConfig:
     """Widths and counts of a decoder: `layers` × (RMSNorm, grouped-query attention, RMSNorm, SwiGLU)."""
 
-    family: Literal["qwen2", "llama"]
+    family: Literal["qwen2", "llama", "internlm2", "internlm3", "phi3", "qwen3"]
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -109,6 +141,7 @@ class LanguageConfig:
     rope_scaling: dict[str, Any] | None = None
     norm_eps: float = 1e-6
     qkv_bias: bool = False
+    qk_norm: bool = False
     tie_words: bool = False
     max_positions: int = 32_768
 
@@ -166,6 +199,10 @@ class LanguageConfig:
             )
             if scaling and (scaling.get("rope_type") or scaling.get("type") or "default") == "default":
                 scaling = None
+            if scaling and config.get("original_max_position_embeddings") is not None:
+                # A key of the whole config in Phi-3's files; where both are, the public class takes this one.
+                old = config["original_max_position_embeddings"]
+                scaling = {**scaling, "original_max_position_embeddings": old}
             return cls(
                 family=family,  # type: ignore[arg-type]
                 vocab_size=config["vocab_size"],
@@ -174,11 +211,15 @@ class LanguageConfig:
                 layers=config["num_hidden_layers"],
                 heads=heads,
                 kv_heads=config.get("num_key_value_heads") or heads,
-                head_dim=config.get("head_dim") or hidden // heads,
+                # The public class of Qwen3 does not derive it from the width.
+                head_dim=config["head_dim"]
+                if family == "qwen3"
+                else config.get("head_dim") or hidden // heads,
                 rope_theta=float(config.get("rope_theta") or rope.get("rope_theta") or 10_000.0),
                 rope_scaling=scaling,
                 norm_eps=config.get("rms_norm_eps", 1e-6),
-                qkv_bias=family == "qwen2" or bool(config.get("attention_bias", False)),
+                qkv_bias=family == "qwen2",
+                qk_norm=family == "qwen3",
                 tie_words=bool(config.get("tie_word_embeddings", False)),
                 max_positions=config.get("max_position_embeddings", 32_768),
             )
@@ -207,6 +248,10 @@ class LanguageConfig:
             "max_position_embeddings": self.max_positions,
             "hidden_act": "silu",
         }
-        if self.family == "llama":
-            out["attention_bias"] = self.qkv_bias
+        if self.family in ("llama", "qwen3"):
+            out["attention_bias"] = False
+        elif self.family in ("internlm2", "internlm3"):
+            out["bias"] = False
+        if self.family == "phi3" and self.rope.switch is not None:
+            out["original_max_position_embeddings"] = self.rope.switch
         return out

@@ -1,6 +1,8 @@
 """Decoder: the trunk that all systems share, and the builder of a language family from its config.
 
-Source: Qwen2 (2407.10671), Llama (2302.13971). The trunk reads embedded rows and returns the hidden state of
+Source: Llama (2302.13971), Qwen2 (2407.10671), InternLM2 (2403.17297), Phi-3 (2404.14219), Qwen3 (2505.09388): all
+pre-norm blocks of grouped-query attention and SwiGLU, of which Qwen2 adds biases to q, k and v, Qwen3 a norm to each
+head of q and k, and Phi-3 its rotary factors. The trunk reads embedded rows and returns the hidden state of
 every row after the final norm; words and logits belong to the embedder and the head around it.
 Legend: T tokens, C width.
 """
@@ -13,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from chiasm.errors import ConfigError
 from chiasm.nn.attention import KVCache, Segments
 from chiasm.nn.block import Attention, Block, SwiGLU
-from chiasm.nn.norms import RMSNorm
+from chiasm.nn.norms import HeadNorm, RMSNorm
 from chiasm.nn.rope import Rope
 from chiasm.parts.language.config import LanguageConfig
 
@@ -49,8 +52,15 @@ class Decoder(nn.Module):
         pos_T: Tensor,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """(T, C) embedded rows -> (T, C) hidden states; new keys and values are counted into `cache`."""
-        table = self.rope.table(pos_T, x_TC.dtype)
+        """(T, C) embedded rows -> (T, C) hidden states; new keys and values are counted into `cache`.
+
+        Raises ConfigError where a cached document grows past the length at which its rotary frequencies change
+        (`Rope.switch`): what is cached was read with the others. The generation loop reads it again instead.
+        """
+        switch = self.rope.switch
+        if cache is not None and switch is not None:
+            _refuse_crossing(switch, cache.past(segments), segments.lengths)
+        table = self.rope.table(pos_T, x_TC.dtype, segments.lengths)
         for i, block in enumerate(self.layers):
             if self.checkpointing and torch.is_grad_enabled():
                 x_TC = checkpoint(block, x_TC, table, segments, kind_T, None, i, use_reentrant=False)  # type: ignore[assignment]
@@ -59,6 +69,15 @@ class Decoder(nn.Module):
         if cache is not None:
             cache.advance(segments)
         return self.norm(x_TC)
+
+
+def _refuse_crossing(switch: int, past: tuple[int, ...], new: tuple[int, ...]) -> None:
+    for cached, rows in zip(past, new, strict=True):
+        if 0 < cached <= switch < cached + rows:
+            raise ConfigError(
+                f"a document of {cached} cached tokens grows past {switch}, where its rotary factors change: "
+                "read it again from its beginning"
+            )
 
 
 def build_decoder(
@@ -80,7 +99,14 @@ def build_decoder(
     def block(i: int) -> Block:
         return Block(
             RMSNorm(c.hidden_size, c.norm_eps),
-            Attention(c.hidden_size, c.heads, c.kv_heads, c.head_dim, qkv_bias=c.qkv_bias),
+            Attention(
+                c.hidden_size,
+                c.heads,
+                c.kv_heads,
+                c.head_dim,
+                qkv_bias=c.qkv_bias,
+                qk_norm=HeadNorm(c.heads, c.kv_heads, c.head_dim, c.norm_eps) if c.qk_norm else None,
+            ),
             RMSNorm(c.hidden_size, c.norm_eps),
             ffn(i) if ffn else SwiGLU(c.hidden_size, c.intermediate_size),
         )
