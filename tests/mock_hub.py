@@ -6,6 +6,8 @@ LFS objects, whose ETag is their SHA-256. Faults are switched on by the attribut
 
 import hashlib
 import json
+import socket
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +15,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+import pytest
 
 
 def commit_of(files: dict[str, bytes]) -> str:
@@ -203,3 +207,24 @@ def _file(hub: MockHub, request: BaseHTTPRequestHandler, repo: str, revision: st
         request.close_connection = True
         return
     _send(request, status, body, headers)
+
+
+def point_at(url: str, cache: Path, monkeypatch: pytest.MonkeyPatch, *, offline: bool = False) -> None:
+    """What the environment variables would do in a new process."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    trees = sys.modules.get("huggingface_hub._tree_cache")
+    if trees is not None:  # kept in memory by path
+        monkeypatch.setattr(trees, "_IN_MEMORY_TREE_CACHE", {}, raising=False)
+
+
+def closed_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

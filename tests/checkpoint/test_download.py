@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,9 +12,9 @@ import pytest
 from tests.cli.conftest import write_internvl
 
 from chiasm import hub as chiasm_hub
-from chiasm.checkpoint.download import check_sums, fetch, hub_state
+from chiasm.checkpoint.download import check_sums, fetch
 from chiasm.errors import CheckpointError, ChiasmError
-from mock_hub import MockHub
+from mock_hub import MockHub, closed_port, point_at
 
 pytest.importorskip("huggingface_hub")
 from huggingface_hub import constants
@@ -56,19 +55,6 @@ def hub(
         close()
 
 
-def point_at(url: str, cache: Path, monkeypatch: pytest.MonkeyPatch, *, offline: bool = False) -> None:
-    """What the environment variables would do in a new process."""
-    monkeypatch.setattr(constants, "ENDPOINT", url)
-    monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}"
-    )
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
-    trees = sys.modules.get("huggingface_hub._tree_cache")
-    if trees is not None:  # kept in memory by path
-        monkeypatch.setattr(trees, "_IN_MEMORY_TREE_CACHE", {}, raising=False)
-
-
 def line(action, *given, kind: type[ChiasmError] = CheckpointError, **options) -> str:
     """The one line of a failure."""
     with pytest.raises(kind) as caught:
@@ -77,12 +63,6 @@ def line(action, *given, kind: type[ChiasmError] = CheckpointError, **options) -
     assert "\n" not in text
     assert caught.value.exit_code == 1
     return text
-
-
-def closed_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def test_fetches_what_is_needed_and_nothing_that_runs(hub: MockHub, checkpoint: Path) -> None:
@@ -320,15 +300,6 @@ def test_failures_print_nothing_by_themselves(hub: MockHub, capfd: pytest.Captur
     line(fetch, ID)
     line(fetch, "OpenGVLab/none")
     assert capfd.readouterr() == ("", "")
-
-
-def test_the_state_of_the_extra(hub: MockHub, monkeypatch) -> None:
-    state = hub_state()
-    assert state is not None
-    assert state["endpoint"] == hub.url
-    assert state["offline"] is False
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    assert hub_state() is None
 
 
 def command(words: list[str], url: str, home: Path, **more: str) -> subprocess.CompletedProcess[str]:

@@ -25,7 +25,7 @@ from typing import Any, TextIO
 from chiasm.checkpoint.store import CONFIG, INDEX, MAX_HEADER_BYTES, SINGLE, read_json
 from chiasm.errors import CheckpointError, ChiasmError, MissingExtraError
 
-__all__ = ["SMALL", "Fetched", "check_sums", "fetch", "hub_state"]
+__all__ = ["SMALL", "Fetched", "check_sums", "fetch"]
 
 SMALL = ("*.json", "*.txt", "tokenizer.model")
 """What is fetched beside the weights; only from the top folder."""
@@ -56,21 +56,6 @@ class Fetched:
     commit: str
     folder: Path
     weights: tuple[str, ...]
-
-
-def hub_state() -> dict[str, Any] | None:
-    """Version, endpoint, cache and whether it is offline; None where the extra is not installed."""
-    try:
-        import huggingface_hub
-        from huggingface_hub import constants
-    except ImportError:
-        return None
-    return {
-        "huggingface_hub": huggingface_hub.__version__,
-        "endpoint": constants.ENDPOINT,
-        "cache": str(constants.HF_HUB_CACHE),
-        "offline": bool(constants.HF_HUB_OFFLINE),
-    }
 
 
 def fetch(repo: str, revision: str | None = None, *, stream: TextIO | None = None) -> Fetched:
@@ -199,7 +184,8 @@ def _explained(error: Exception, repo: str, revision: str) -> ChiasmError | None
     def found(*kinds: type[BaseException]) -> Any:
         return next((link for link in chain if isinstance(link, kinds)), None)
 
-    status = getattr(getattr(found(errors.HfHubHTTPError), "response", None), "status_code", None)
+    answers = (getattr(getattr(link, "response", None), "status_code", None) for link in chain)
+    status = next((answer for answer in answers if answer is not None), None)
     if found(errors.GatedRepoError):
         text = f"{repo} is gated: accept its terms at {host}/{repo}, then {login}"
     elif found(errors.RevisionNotFoundError):
