@@ -16,8 +16,7 @@ from chiasm.checkpoint.download import check_sums, fetch
 from chiasm.errors import CheckpointError, ChiasmError
 from mock_hub import MockHub, closed_port, point_at
 
-pytest.importorskip("huggingface_hub")
-from huggingface_hub import constants
+constants = pytest.importorskip("huggingface_hub.constants")
 
 ID = "OpenGVLab/InternVL2_5-tiny"
 UNWANTED = {
