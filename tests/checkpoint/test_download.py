@@ -85,6 +85,22 @@ def test_a_model_of_the_hub_answers_like_its_folder(hub: MockHub, checkpoint: Pa
     assert model.chat("hello", max_new_tokens=4).token_ids == here.chat("hello", max_new_tokens=4).token_ids
 
 
+def test_a_release_with_slow_tokenizer_files(hub: MockHub, checkpoint: Path) -> None:
+    """As most InternVL releases are: vocab.json and merges.txt, added tokens in the configuration."""
+    state = json.loads((checkpoint / "tokenizer.json").read_text(encoding="utf-8"))
+    merges = "\n".join(["#version: 0.2", *(" ".join(pair) for pair in state["model"]["merges"])])
+    table = {str(token.pop("id")): token for token in state["added_tokens"]}
+    config = {"tokenizer_class": "Qwen2Tokenizer", "added_tokens_decoder": table, "eos_token": "<|im_end|>"}
+    files = {path.name: path.read_bytes() for path in checkpoint.iterdir() if path.name != "tokenizer.json"}
+    files["vocab.json"] = json.dumps(state["model"]["vocab"]).encode()
+    files["merges.txt"] = merges.encode()
+    files["tokenizer_config.json"] = json.dumps(config).encode()
+    hub.push("OpenGVLab/slow", files)
+    slow, fast = chiasm_hub.load("OpenGVLab/slow", device="cpu"), chiasm_hub.load(checkpoint, device="cpu")
+    messages = [{"role": "user", "content": "What is  in it? don't 1999\n\n 你是"}]
+    assert slow.inputs(messages).token_ids.tolist() == fast.inputs(messages).token_ids.tolist()
+
+
 def test_the_second_run_needs_no_network(hub: MockHub, tmp_path: Path, monkeypatch) -> None:
     first = fetch(ID)
     hub.requests.clear()

@@ -338,6 +338,19 @@ def test_a_saved_sentencepiece_tokenizer_begins_and_streams_alike(tmp_path: Path
         assert "".join([stream.push(i) for i in ids]) + stream.flush() == ours.decode(ids)
 
 
+@pytest.mark.parametrize("kind", ["internlm2", "qwen2"])
+def test_transformers_reads_the_saved_folder(kind: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    slow = tmp_path / "slow"
+    ours = internlm2(slow)[0] if kind == "internlm2" else Tokenizer.from_file(write_qwen2(slow))
+    ours.save(tmp_path / "fast")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "fast")
+    for text in [*TEXTS[::7], CHAT]:
+        assert theirs(text, add_special_tokens=False).input_ids == ours.encode(text), text
+        assert theirs(text).input_ids == ours.encode(text, add_special_tokens=True), text
+    assert theirs.eos_token_id == ours.eos_id
+
+
 def test_user_defined_and_control_pieces() -> None:
     pieces = [*trained_pieces(), ("<sep>", 0.0, USER), ("<ctl>", 0.0, CONTROL), ("never", 0.0, UNUSED)]
     tokenizer = Tokenizer(backend_from_model(parse_model(model_bytes(pieces, dummy_prefix=False))))

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 
 from chiasm.errors import CheckpointError
@@ -130,6 +130,12 @@ def _completed(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: stated[key] for key in keys if key in stated} | dict(config)
 
 
+def _as_fast(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration to save beside a converted tokenizer: its class, or remote code, would build it anew."""
+    rest = {key: value for key, value in config.items() if key not in ("auto_map", "legacy")}
+    return rest | {"tokenizer_class": "PreTrainedTokenizerFast"}
+
+
 def _class_name(folder: Path, config: Mapping[str, Any], known: tuple[str, ...]) -> str:
     """Whose rules a folder follows; CheckpointError unless they are known: wrong ones give wrong ids unseen."""
     name = config.get("tokenizer_class")
@@ -194,7 +200,7 @@ def from_vocab_and_merges(folder: Path, config: Mapping[str, Any]) -> tuple[Back
         )
     backend.pre_tokenizer = words
     backend.decoder = decoders.ByteLevel()
-    return _with_added(backend, added, folder), config
+    return _with_added(backend, added, folder), _as_fast(config)
 
 
 def _displaced(vocab: Mapping[str, int], added: _Added) -> dict[int, str]:
@@ -256,7 +262,22 @@ def from_model_file(folder: Path, config: Mapping[str, Any]) -> tuple[Backend, d
     added = added_tokens(folder, config, normalized=False)
     renamed = _displaced({piece.text: n for n, piece in enumerate(model.pieces)}, added)
     backend = backend_from_model(model, prefix=_prefix(kind, config, model), renamed=renamed)
-    return _with_added(backend, added, folder), config
+    backend = _with_added(backend, added, folder)
+    backend.post_processor = _ends(backend, config)
+    return backend, _as_fast(config)
+
+
+def _ends(backend: Backend, config: Mapping[str, Any]) -> processors.PostProcessor:
+    """The begin and end tokens as a rule of the backend, for other readers of a saved file (see `Tokenizer.encode`)."""
+    words, ids = ["$A"], []
+    for switch, role in (("add_bos_token", "bos_token"), ("add_eos_token", "eos_token")):
+        token = config.get(role)
+        text = token.get("content") if isinstance(token, dict) else token
+        index = backend.token_to_id(text) if config.get(switch) and isinstance(text, str) else None
+        if index is not None and isinstance(text, str):
+            words = [text, *words] if role == "bos_token" else [*words, text]
+            ids.append((text, index))
+    return processors.TemplateProcessing(single=words, special_tokens=list(dict.fromkeys(ids)))
 
 
 def _prefix(kind: str, config: Mapping[str, Any], model: SentencePieceModel) -> Prefix:
