@@ -13,7 +13,7 @@ from tests.cli.conftest import write_internvl
 
 import chiasm
 from chiasm import hub
-from chiasm.errors import CheckpointError, ConfigError, TemplateError, UsageError
+from chiasm.errors import CheckpointError, ConfigError, MissingExtraError, TemplateError, UsageError
 from chiasm.model.chat import ChatModel, Chats
 
 
@@ -51,7 +51,6 @@ def test_options_left_at_none_are_not_given(tiny: Path) -> None:
             "unknown model 'chiasm-mni' (did you mean chiasm-mini?): known are chiasm-mini, smollm2",
         ),
         ("zzz", "unknown model 'zzz': known are chiasm-mini, smollm2; or give a folder"),
-        ("OpenGVLab/InternVL2_5-1B", "downloading it from a model hub is not part of this release"),
         ("./nowhere", "there is no folder ./nowhere"),
         (Path("nowhere"), "there is no folder nowhere"),
         (Path("smollm2"), "there is no folder smollm2"),
@@ -62,6 +61,46 @@ def test_unknown_names_get_one_helpful_line(name: str | Path, said: str) -> None
         hub.load(name)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_what_is_an_id_of_a_hub(tiny: Path) -> None:
+    assert hub.hub_id("OpenGVLab/InternVL2_5-1B") == ("OpenGVLab/InternVL2_5-1B", None)
+    assert hub.hub_id("OpenGVLab/InternVL2_5-1B", "v1") == ("OpenGVLab/InternVL2_5-1B", "v1")
+    assert hub.hub_id("OpenGVLab/InternVL2_5-1B@refs/pr/2") == ("OpenGVLab/InternVL2_5-1B", "refs/pr/2")
+    assert hub.hub_id("a/b@v1", "v1") == ("a/b", "v1")
+    for other in ("chiasm-mini", "./a/b", "a/b/c", "/a/b", "a\\b", "a/b@", "a/b@v 1", str(tiny), Path("a/b")):
+        assert hub.hub_id(other) is None
+    with pytest.raises(UsageError, match="contradict each other"):
+        hub.hub_id("a/b@v1", "v2")
+
+
+def test_only_models_of_a_hub_have_revisions(tiny: Path) -> None:
+    for name in ("chiasm-mini", "smollm2", tiny, str(tiny)):
+        with pytest.raises(UsageError, match="has no revisions: only models of a hub do"):
+            hub.load(name, revision="main")
+
+
+def test_without_a_network_an_unknown_id_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(CheckpointError, match="OpenGVLab/InternVL2_5-1B at main is not complete") as caught:
+        hub.load("OpenGVLab/InternVL2_5-1B")
+    assert "\n" not in str(caught.value)
+
+
+def test_the_missing_extra_names_model_and_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(MissingExtraError, match=r"OpenGVLab/InternVL2_5-1B.*pip install 'chiasm\[hub\]'"):
+        hub.load("OpenGVLab/InternVL2_5-1B")
+
+
+def test_options_are_checked_before_a_download(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(UsageError, match="option 'tiles' is not known"):
+        hub.load("a/b", tiles=3)
+    with pytest.raises(ConfigError, match="dtype 'float8'"):
+        hub.load("a/b", dtype="float8")
 
 
 def test_a_file_is_no_model(tmp_path: Path) -> None:

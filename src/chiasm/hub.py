@@ -15,17 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from chiasm.errors import CheckpointError, ConfigError, UsageError
+from chiasm.errors import CheckpointError, ChiasmError, ConfigError, UsageError
 
 if TYPE_CHECKING:
     import torch
 
     from chiasm.model.chat import ChatModel
 
-__all__ = ["MODELS", "Model", "load", "names"]
+__all__ = ["MODELS", "Model", "hub_id", "load", "names"]
 
 _log = logging.getLogger("chiasm.hub")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([^\s@]+))?", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,26 +47,30 @@ def load(
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
     deterministic: bool = False,
+    revision: str | None = None,
     **options: Any,
 ) -> ChatModel:
     """Load a model that answers questions about pictures.
 
     Args:
         path_or_id: a name of `names()`, or a checkpoint folder (InternVL in its original or -hf layout, a language
-            model alone of a family that InternVL builds on, or a chiasm-mini of one's own training).
+            model alone of a family that InternVL builds on, or a chiasm-mini of one's own training), or the id of
+            such a checkpoint on a model hub, ``OWNER/NAME`` or ``OWNER/NAME@REVISION`` (extra ``hub``).
         dtype: "float32", "bfloat16", "float16", "auto", a torch dtype, or None for what is stored.
         device: "cpu", "cuda", "cuda:1", "mps"; None takes the first CUDA GPU where there is one.
         deterministic: answers of `batch` are bit-equal to those one by one.
+        revision: branch, tag or commit of a checkpoint on a hub; None for its default branch.
         options: `template` and `system` override the checkpoint's own; fields of `TilePolicy` (`max_tiles=6`,
             `resize="fast"`) override how pictures are cut.
 
     Raises:
-        CheckpointError: no such model, or its files are incomplete or do not fit.
+        CheckpointError: no such model, its files are incomplete or do not fit, or they cannot be downloaded.
         ConfigError: unknown dtype, or a device that this machine does not have.
         TemplateError: unknown template.
-        UsageError: an option that the model does not have.
+        UsageError: an option that the model does not have, or a revision of what has none.
+        MissingExtraError: the model is to be downloaded and huggingface_hub is not installed.
     """
-    loader = _loader(path_or_id)
+    loader = _loader(path_or_id, revision)
     # Both are checked before any file is read: a typing error should not cost a minute.
     from chiasm.systems.internvl.load import resolve_dtype
 
@@ -83,19 +87,35 @@ def names() -> tuple[str, ...]:
     return tuple(MODELS)
 
 
-def _loader(path_or_id: str | Path) -> Callable[..., ChatModel]:
+def hub_id(path_or_id: str | Path, revision: str | None = None) -> tuple[str, str | None] | None:
+    """(``OWNER/NAME``, revision) of a checkpoint on a hub; None for a name of `MODELS`, a folder, and all else.
+
+    Raises:
+        UsageError: two revisions are given.
+    """
+    if not isinstance(path_or_id, str) or path_or_id in MODELS or Path(path_or_id).expanduser().exists():
+        return None
+    match = _HUB_ID.fullmatch(path_or_id)
+    if match is None:
+        return None
+    if match[2] and revision and match[2] != revision:
+        raise UsageError(f"{path_or_id} and revision {revision} contradict each other: give one of the two")
+    return match[1], match[2] or revision
+
+
+def _loader(path_or_id: str | Path, revision: str | None) -> Callable[..., ChatModel]:
     """Who loads this; CheckpointError when nobody can."""
+    remote = hub_id(path_or_id, revision)
+    if remote is not None:
+        return lambda **given: _load_remote(*remote, **given)
+    if revision is not None:
+        raise UsageError(f"{path_or_id} has no revisions: only models of a hub do (OWNER/NAME)")
     if isinstance(path_or_id, str) and path_or_id in MODELS:
         return MODELS[path_or_id].load
     folder = Path(path_or_id).expanduser()
     if folder.exists():
         return lambda **given: _load_folder(folder, **given)
     name = str(path_or_id)
-    if isinstance(path_or_id, str) and _HUB_ID.fullmatch(name):
-        raise CheckpointError(
-            f"there is no folder {name}, and downloading it from a model hub is not part of this release: "
-            "download it yourself and give the folder"
-        )
     if isinstance(path_or_id, Path) or "/" in name or "\\" in name:
         raise CheckpointError(
             f"there is no folder {name}: give the folder that holds the model's config.json"
@@ -105,6 +125,21 @@ def _loader(path_or_id: str | Path) -> Callable[..., ChatModel]:
     close = difflib.get_close_matches(name.lower(), MODELS, n=1)
     meant = f" (did you mean {close[0]}?)" if close else ""
     raise CheckpointError(f"unknown model {name!r}{meant}: known are {', '.join(MODELS)}; or give a folder")
+
+
+def _load_remote(repo: str, revision: str | None, **given: Any) -> ChatModel:
+    """A checkpoint of a model hub, downloaded unless it is here already."""
+    from chiasm.checkpoint.download import fetch
+
+    given = _checked(given, _tile_options())  # before gigabytes are fetched
+    fetched = fetch(repo, revision)
+    try:
+        model = _load_folder(fetched.folder, **given)
+    except ChiasmError as error:
+        # Its own line names a folder deep in a cache.
+        raise type(error)(f"{repo} at {fetched.commit[:12]}: {error}") from error
+    model.name = repo
+    return model
 
 
 def _load_folder(folder: Path, **given: Any) -> ChatModel:

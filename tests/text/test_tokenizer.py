@@ -203,7 +203,8 @@ def test_transformers_reads_the_saved_folder(tmp_path):
     ("files", "part"),
     [
         ({}, "no such file"),
-        ({"vocab.json": "{}"}, "has a vocabulary but no tokenizer.json"),
+        ({"vocab.json": "{}"}, "names no tokenizer class, known for these files are Qwen2Tokenizer"),
+        ({"tokenizer.model": "x"}, "names no tokenizer class, known for these files are LlamaTokenizer"),
         ({"tokenizer.json": ""}, "not a tokenizer"),
         ({"tokenizer.json": "{"}, "not a tokenizer"),
         ({"tokenizer.json": "[1]"}, "not a tokenizer"),

@@ -70,8 +70,17 @@ def chat_command(
         ),
     ] = None,
     model: Annotated[
-        str, typer.Option("--model", "-m", help="A name of chiasm list, or a folder.")
+        str,
+        typer.Option(
+            "--model",
+            "-m",
+            help="A name of chiasm list, a folder, or OWNER/NAME of a model hub (extra hub), downloaded once.",
+        ),
     ] = "chiasm-mini",
+    revision: Annotated[
+        str | None,
+        typer.Option(metavar="REV", help="Branch, tag or commit on the hub; OWNER/NAME@REV is the same."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print each answer as one line of JSON.")] = False,
     stream: Annotated[
         bool | None,
@@ -170,6 +179,7 @@ def chat_command(
         chosen = load_model(
             model,
             options,
+            revision=revision,
             dtype=dtype,
             device=device,
             deterministic=deterministic,
@@ -284,7 +294,7 @@ def read_question() -> str:
 
 
 def load_model(name: str, options: dict[str, Any], **given: Any) -> ChatModel:
-    """Load a model by name or folder; the options of its answers are checked before that."""
+    """Load a model by name, folder or id; the options of its answers are checked before that."""
     with waiting(f"loading {name}"):
         from chiasm.hub import load
         from chiasm.model.chat import Options

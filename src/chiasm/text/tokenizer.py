@@ -1,7 +1,8 @@
 """Tokenizers: text to token ids and back, the same ids as the model's own release.
 
-Source: a folder's ``tokenizer.json`` (the format of the ``tokenizers`` library, which does the work) and, where there
-is one, ``tokenizer_config.json`` for the special tokens' roles and the chat template.
+Source: a folder's ``tokenizer.json`` (the format of the ``tokenizers`` library, which does the work), or the files of a
+slow release, converted in memory (``chiasm.text.vocab_files``); and, where there is one, ``tokenizer_config.json`` for
+the special tokens' roles and the chat template.
 
 Ids are plain ``list[int]``: this ring needs no tensors.
 """
@@ -20,6 +21,7 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
 from chiasm.errors import CheckpointError, ConfigError, DataError
+from chiasm.text.vocab_files import MODEL, VOCAB, from_model_file, from_vocab_and_merges, read_json
 
 __all__ = ["StreamDecoder", "Tokenizer", "byte_alphabet"]
 
@@ -46,26 +48,30 @@ class Tokenizer:
 
     @classmethod
     def from_file(cls, path: str | Path) -> Tokenizer:
-        """Read ``tokenizer.json`` (or the folder that holds it) and the ``tokenizer_config.json`` beside it.
+        """Read a folder's tokenizer, or a ``tokenizer.json``, with the ``tokenizer_config.json`` beside it.
+
+        The first of these is taken: ``tokenizer.json``; ``vocab.json`` with ``merges.txt``; ``tokenizer.model``.
 
         Raises:
-            CheckpointError: no such file, or one of the two is malformed.
+            CheckpointError: there is none, or a file is malformed.
         """
         path = Path(path)
         folder, file = (path, path / _BACKEND_FILE) if path.is_dir() else (path.parent, path)
-        if not file.is_file():
-            if (folder / "vocab.json").is_file() or (folder / "tokenizer.model").is_file():
-                raise CheckpointError(
-                    f"{folder}: has a vocabulary but no {_BACKEND_FILE}: write one with transformers' "
-                    f"AutoTokenizer.from_pretrained(...).save_pretrained(...)"
-                )
-            raise CheckpointError(f"{file}: no such file: give a folder with the model's {_BACKEND_FILE}")
-        try:
-            backend = Backend.from_file(str(file))
-        except Exception as error:  # the library raises bare Exception, for any fault in the file
-            reason = " ".join(str(error).split())[:200]
-            raise CheckpointError(f"{file}: not a tokenizer ({reason}): download it again") from error
-        config = _read_json(folder / _CONFIG_FILE)
+        config = read_json(folder / _CONFIG_FILE)
+        if file.is_file():
+            try:
+                backend = Backend.from_file(str(file))
+            except Exception as error:  # the library raises bare Exception, for any fault in the file
+                reason = " ".join(str(error).split())[:200]
+                raise CheckpointError(f"{file}: not a tokenizer ({reason}): download it again") from error
+        elif (folder / VOCAB).is_file():
+            backend, config = from_vocab_and_merges(folder, config)
+        elif (folder / MODEL).is_file():
+            backend, config = from_model_file(folder, config)
+        else:
+            raise CheckpointError(
+                f"{file}: no such file, nor {VOCAB} or {MODEL}: give a folder with the model's tokenizer"
+            )
         template = folder / _TEMPLATE_FILE
         if template.is_file():
             config["chat_template"] = template.read_text(encoding="utf-8")
@@ -254,21 +260,6 @@ def byte_alphabet() -> dict[int, str]:
 
 
 _BYTE_OF_CHARACTER = {character: byte for byte, character in byte_alphabet().items()}
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{file}: not readable as JSON ({reason}): download it again") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(
-            f"{file}: a JSON object was expected, not {type(value).__name__}: download it again"
-        )
-    return value
 
 
 def _replace(file: Path, text: str) -> None:
