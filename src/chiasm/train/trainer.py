@@ -150,7 +150,7 @@ class Trainer:
 
     def _train_step(self) -> dict[str, Any]:
         """One optimiser step; returns its row of metrics (step counted from 1)."""
-        recipe, step, started = self.recipe, self.step, time.perf_counter()
+        recipe, step, started, worked = self.recipe, self.step, time.perf_counter(), time.process_time()
         rate = recipe.optim.lr * recipe.schedule.factor(step, recipe.steps)
         for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
             group["lr"] = rate * group["scale"]
@@ -170,7 +170,10 @@ class Trainer:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         row = {"step": step + 1, "loss": mean, "lr": rate, "grad_norm": norm} | _mean_metrics(losses)
-        return row | {"seconds": round(time.perf_counter() - started, 4)}
+        return row | {
+            "seconds": round(time.perf_counter() - started, 4),
+            "cpu_seconds": round(time.process_time() - worked, 4),
+        }
 
     def _in_turn(self, draws: list[Draw]) -> list[Loss]:
         """Add the gradients of the micro-batches, one after the other."""
