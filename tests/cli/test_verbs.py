@@ -28,6 +28,9 @@ def test_list_names_everything(run: Run) -> None:
     assert list(found) == list(SECTIONS)
     assert list(found["models"]) == ["chiasm-mini", "smollm2"]
     assert list(found["templates"]) == list(TEMPLATES)
+    from chiasm.systems.internvl.presets import PRESETS
+
+    assert found["sizes"] == {name: preset.language for name, preset in PRESETS.items()}
     assert "internvl" in found["systems"]
     text = run("list").out
     assert all(name in text for names in found.values() for name in names)

@@ -138,6 +138,18 @@ def test_what_cannot_be_spelled_is_refused(parts):
     sample = parts[0].worlds["counting"].sample(0)
     with pytest.raises(ConfigError, match="no single token for 'é'"):
         spell_answer(slow_document(replace(sample, answer="thré"), spec), spec.tokenizer, 1.0)
+    vocabulary = {"▁": 0, "o": 1, "n": 2, "e": 3, "▁o": 4, "▁n": 5, "▁e": 6}
+    words = Backend(models.BPE(vocab=vocabulary, merges=[("▁", letter) for letter in "one"]))
+    words.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+    words.decoder = decoders.Metaspace(prepend_scheme="always", split=False)
+    row = slow_document(replace(sample, answer="one"), spec)
+    first, stop = (row.labels_T != IGNORE).nonzero().flatten()[[0, -1]].tolist()
+    spaced = Tokenizer(words)
+    whole = replace(row, ids_T=row.ids_T.clone())
+    assert stop - first == 3
+    whole.ids_T[first + 1 : stop + 1] = torch.tensor(spaced.encode("one"))
+    with pytest.raises(ConfigError, match="'one' reads 'o n e'"):
+        spell_answer(whole, spaced, 1.0)
     two = [*sample.to_message(), {"role": "user", "content": "Again?"}, {"role": "assistant", "content": "x"}]
     with pytest.raises(ConfigError, match="exactly one answer"):
         spell_answer(layout(two, spec, train=True), spec.tokenizer, 1.0)

@@ -61,3 +61,9 @@ def test_stdout_is_the_result(tmp_path):
     assert RunFolder.open(tmp_path / "b").info["recipe"]["seed"] == 5
     again = CliRunner().invoke(APP, ["--resume", str(tmp_path / "b")])
     assert again.stdout.strip() == str(tmp_path / "b")
+
+
+def test_a_refusal_leaves_no_run_behind(tmp_path):
+    with pytest.raises(UsageError, match="9 workers on cpu"):
+        train("internvl/debug", runs=tmp_path, run_id="x", workers=9)
+    assert not (tmp_path / "x").exists()

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -150,6 +150,33 @@ def test_workers_give_the_result_of_one_to_the_bit(tmp_path):
     still(quiet(recipe, tmp_path / "three", workers=3)).fit()
     assert curve(tmp_path / "one") == curve(tmp_path / "three")
     same_end(tmp_path / "one", tmp_path / "three")
+
+
+class Twice(nn.Module):
+    """Uses each weight several times in one pass, as an encoder does that takes its pictures in groups."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 64), nn.Linear(64, 4)
+
+    def forward(self, x):
+        return torch.cat([self.b(torch.nn.functional.gelu(self.a(part))) for part in x.split(2)])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TwiceSpec:
+    def build(self):
+        return Twice()
+
+
+def test_workers_give_the_result_of_one_in_bfloat16_too(tmp_path):
+    recipe = tiny(
+        model=TwiceSpec(), batch=64, accumulate=4, compute="bfloat16", steps=25, optim=Optim(lr=0.03)
+    )
+    quiet(recipe, tmp_path / "one").fit()
+    quiet(recipe, tmp_path / "four", workers=4).fit()
+    assert curve(tmp_path / "one") == curve(tmp_path / "four")
+    same_end(tmp_path / "one", tmp_path / "four")
 
 
 def test_workers_pass_an_error_on(tmp_path):

@@ -85,8 +85,8 @@ def convert_command(
 ) -> None:
     """Write an InternVL checkpoint in another public layout.
 
-    The weights stay the same, bit by bit; config, tokenizer and processor files are translated. LoRA adapters that
-    the release's training has saved are merged.
+    Weights stay the same, bit by bit, but where an option below changes them; config, tokenizer and processor files
+    are translated. LoRA adapters that the release's training has saved are merged.
     """
     changes = {
         "language": language,

@@ -16,7 +16,7 @@ from chiasm.errors import UsageError
 
 __all__ = ["SECTIONS", "entries", "list_command"]
 
-SECTIONS = ("models", "recipes", "templates", "systems")
+SECTIONS = ("models", "recipes", "templates", "systems", "sizes")
 
 
 def list_command(
@@ -24,7 +24,7 @@ def list_command(
         str | None,
         typer.Argument(
             metavar="SECTION",
-            help="models, recipes, templates or systems; all by default.",
+            help="models, recipes, templates, systems or sizes (of released models); all by default.",
             show_default=False,
         ),
     ] = None,
@@ -32,7 +32,7 @@ def list_command(
         bool, typer.Option("--json", help="Print one JSON object, section -> name -> meaning.")
     ] = False,
 ) -> None:
-    """List models, recipes, chat templates and systems by name."""
+    """List models, recipes, chat templates, systems and sizes."""
     if section is not None and section not in SECTIONS:
         raise UsageError(f"unknown section {section!r}: list one of {', '.join(SECTIONS)}")
     found = {name: entries(name) for name in ([section] if section else SECTIONS)}
@@ -62,6 +62,8 @@ def entries(section: str) -> dict[str, str]:
             for system, home in RECIPE_HOMES.items()
             for name, meaning in _public_functions(_source_of(home)).items()
         }
+    if section == "sizes":
+        return _presets(_source_of("chiasm.systems.internvl.presets"))
     folder = _source_of("chiasm.systems").parent
     return {path.parent.name: _first_line(path) for path in sorted(folder.glob("*/__init__.py"))}
 
@@ -83,6 +85,16 @@ def _public_functions(file: Path) -> dict[str, str]:
             listed = [str(name) for name in ast.literal_eval(node.value)]
     functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
     return {name: _sentence(ast.get_docstring(functions[name])) for name in listed if name in functions}
+
+
+def _presets(file: Path) -> dict[str, str]:
+    """Names of the released sizes with the language models that they were made from."""
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.AnnAssign) and getattr(node.target, "id", "") == "PRESETS":
+            assert isinstance(node.value, ast.Dict)
+            pairs = zip(node.value.keys, node.value.values, strict=True)
+            return {ast.literal_eval(k): ast.literal_eval(v.args[3]) for k, v in pairs}  # type: ignore[union-attr, arg-type]
+    raise UsageError(f"{file} has no PRESETS: install chiasm again")
 
 
 def _first_line(file: Path) -> str:

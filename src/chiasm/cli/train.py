@@ -94,7 +94,7 @@ def train(
 
     from chiasm.train.recipe import apply_overrides
     from chiasm.train.run import RunFolder
-    from chiasm.train.trainer import Trainer
+    from chiasm.train.trainer import Trainer, check_workers
 
     if (recipe is None) == (resume is None) or (resume is not None and (overrides or run_id)):
         raise UsageError("give either RECIPE (with --set and --id) or --resume RUN alone")
@@ -106,6 +106,7 @@ def train(
         tree = apply_overrides(find_recipe(str(recipe))(), overrides)
     else:
         tree = apply_overrides(find_recipe(str(recipe))(), overrides)
+        check_workers(tree, workers, device)  # a refusal leaves no folder behind
         run = RunFolder.create(runs, tree, run_id=run_id, reference=str(recipe), overrides=tuple(overrides))
     Trainer(tree, run, device=device, workers=workers).fit(until=until)
     return run.path

@@ -64,6 +64,11 @@ def spell_answer(row: Row, tokenizer: Tokenizer, power: float) -> Row:
             raise ConfigError(
                 f"the tokenizer has no single token for {character!r}: it cannot spell {text!r}"
             )
+    spelled = tokenizer.decode([i for (i,) in letters])
+    if spelled != text:
+        raise ConfigError(
+            f"spelled letter by letter, {text!r} reads {spelled!r}: this tokenizer cannot spell it"
+        )
     ids_T = torch.cat(
         [row.ids_T[:first], torch.tensor([i for (i,) in letters], dtype=torch.int64), row.ids_T[stop:]]
     )

@@ -33,7 +33,7 @@ from chiasm.train.progress import Progress
 from chiasm.train.recipe import Recipe, difference, resolved
 from chiasm.train.run import Checkpoint, RunFolder
 
-__all__ = ["Result", "Trainer", "TrainingError", "build_parts"]
+__all__ = ["Result", "Trainer", "TrainingError", "build_parts", "check_workers"]
 
 
 class TrainingError(ChiasmError):
@@ -60,6 +60,15 @@ def build_parts(recipe: Recipe) -> tuple[Any, nn.Module, Any]:
         torch.manual_seed(derive_seed(recipe.seed, "objective"))
         objective = recipe.objective.build(model, source)
     return source, model, objective
+
+
+def check_workers(recipe: Recipe, workers: int, device: str | torch.device) -> None:
+    """Raise UsageError unless so many micro-batches of the recipe can be computed at once on that device."""
+    if not 1 <= workers <= recipe.accumulate or (workers > 1 and torch.device(device).type != "cpu"):
+        raise UsageError(
+            f"{workers} workers on {device}: on the CPU give 1 to {recipe.accumulate}, the micro-batches of a step "
+            "(--set accumulate=N makes more); elsewhere 1"
+        )
 
 
 class Trainer:
@@ -92,11 +101,7 @@ class Trainer:
         workers: int = 1,
         progress: Progress | None = None,
     ) -> None:
-        if not 1 <= workers <= recipe.accumulate or (workers > 1 and torch.device(device).type != "cpu"):
-            raise UsageError(
-                f"{workers} workers on {device}: on the CPU give 1 to {recipe.accumulate}, the micro-batches of a step "
-                "(--set accumulate=N makes more); elsewhere 1"
-            )
+        check_workers(recipe, workers, device)
         changed = difference(run.info["recipe"], resolved(recipe))
         if changed:
             raise UsageError(f"{run.path} was started with another recipe ({changed[0]}): start a new run")
@@ -222,7 +227,14 @@ class Trainer:
         batch = self.source.fetch(
             draws[part * size : (part + 1) * size], generator(recipe.seed, "augment", self.step, part)
         ).to(self.device)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=recipe.compute == "bfloat16"):
+        # Autocast keeps its casts of weights in one cache for all threads, which any thread that leaves empties: with
+        # it, in which precision the gradients of a weight used twice are added would depend on the other threads.
+        with torch.autocast(
+            self.device.type,
+            torch.bfloat16,
+            enabled=recipe.compute == "bfloat16",
+            cache_enabled=self.device.type != "cpu",
+        ):
             return self.objective.loss(self.model, batch)
 
     def _finish_gradients(self, scale: float) -> float:
