@@ -222,6 +222,7 @@ def test_measuring_this_machine(run: Run, tiny: Path, monkeypatch: pytest.Monkey
         (["InternVL2_5-8B", "--text-tokens", -1], 2, "--text-tokens"),
         (["InternVL2_5-8B", "--new-tokens", 0], 2, "--new-tokens"),
         (["InternVL2_5-8B", "--batch", 0], 2, "--batch"),
+        (["InternVL2_5-8B", "--batch", 10**400], 2, "--batch"),
         (["InternVL2_5-8B", "--max-tiles", 0], 2, "--max-tiles"),
         (["InternVL2_5-8B", "--text", "Hi", "--text-tokens", 3], 2, "exclude each other"),
         (["InternVL2_5-8B", "--text", "<img>"], 1, "reserved for pictures"),

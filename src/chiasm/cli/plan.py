@@ -54,11 +54,18 @@ def plan_command(
     text_tokens: Annotated[
         int | None,
         typer.Option(
-            min=0, metavar="N", help=f"Tokens of the question instead of its text (assumed: {TEXT_TOKENS})."
+            min=0,
+            max=10**9,
+            metavar="N",
+            help=f"Tokens of the question instead of its text (assumed: {TEXT_TOKENS}).",
         ),
     ] = None,
-    new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens of the answer.")] = 256,
-    batch: Annotated[int, typer.Option(min=1, metavar="N", help="Such conversations at once.")] = 1,
+    new_tokens: Annotated[
+        int, typer.Option(min=1, max=10**9, metavar="N", help="Tokens of the answer.")
+    ] = 256,
+    batch: Annotated[
+        int, typer.Option(min=1, max=10**6, metavar="N", help="Such conversations at once.")
+    ] = 1,
     max_tiles: Annotated[
         int | None,
         typer.Option(min=1, max=10_000, metavar="N", help="Most tiles that pictures are cut into."),
