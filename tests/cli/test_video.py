@@ -163,8 +163,8 @@ def test_a_conversation_about_a_video(
             1,
             "clip.mp4: the clip 7:9 lies outside of its 5.00 seconds; give seconds within it",
         ),
-        (["--fps", "0"], 1, "fps must be a number above 0 (frames a second), not 0.0"),
-        (["--fps", "nan"], 1, "fps must be a number above 0"),
+        (["--fps", "0"], 1, "fps must be a number from 0.000001 to 1000000 (frames a second), not 0.0"),
+        (["--fps", "nan"], 1, "fps must be a number from 0.000001"),
         (["--frames", "0"], 1, "frames must be a whole number of at least 1"),
         (["--sampling", "best"], 2, "'best' is not one of"),
         (

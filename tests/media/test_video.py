@@ -120,7 +120,7 @@ def test_a_variable_rate_goes_by_time_stamps(tmp_path: Path, suffix: str) -> Non
     with open_video(path) as video:
         assert video.times == pytest.approx([t / 1000 for t in ticks], abs=1e-3)
         each = video.read(video.plan(FrameSampling(mode="fps", fps=1)))
-        assert each.times == pytest.approx([0, 2, 2, 4, 4, 6, 6, 8, 8, 9.5], abs=1e-3)
+        assert each.times == pytest.approx([0, 2, 4, 6, 8, 9.5], abs=1e-3)
         assert [ticks[number(image)] / 1000 for image in each.images] == pytest.approx(each.times, abs=1e-3)
         ends = video.plan(FrameSampling(frames=5, clip=(9.0, 9.5)))
         assert ends == [9, 10, 11, 12, 13] or ends == [9, 10, 11, 11, 12]
