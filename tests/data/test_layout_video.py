@@ -12,7 +12,7 @@ from PIL import Image
 from tokenizers import Tokenizer as Backend
 
 from chiasm.data import layout as layout_module
-from chiasm.data.layout import LayoutSpec, count_tokens, layout, prompt_text
+from chiasm.data.layout import LayoutSpec, check_length, count_tokens, layout, prompt_text
 from chiasm.data.message import from_row
 from chiasm.data.sequence import IMAGE, TEXT, VIDEO, Sequence
 from chiasm.errors import ConfigError, ContextOverflowError, DataError, ImageError
@@ -193,6 +193,34 @@ def test_too_many_frames_are_refused_before_any_is_decoded(
     monkeypatch.setattr(layout_module, "open_video", spy)
     count_tokens(said, make())
     assert [v.decoded for v in opened] == [0, 0]
+
+
+def test_frames_are_cut_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened, decoded = [], []
+    tile = TilePolicy.tile
+
+    def spy(source: object, **options: object):
+        opened.append(open_video(source, **options))
+        return opened[-1]
+
+    def count(*given: object):
+        decoded.append(opened[-1].decoded)
+        return tile(*given)
+
+    monkeypatch.setattr(TilePolicy, "tile", count)
+    layout(ask(video([Image.fromarray(numbered(n)) for n in range(4)])), make(), video_opener=spy)
+    assert decoded == [1, 2, 3, 4]
+
+
+def test_checking_the_length_is_what_layout_does(clip: Path) -> None:
+    said = ask(video(clip, frames=20), image(), "What?")
+    exact = count_tokens(said, make())
+    check_length(said, make(max_length=exact))
+    for function in (check_length, layout):
+        with pytest.raises(ContextOverflowError, match=r"60 of them are 20 video frames, and 7 image tiles"):
+            function(said, make(max_length=exact - 1))
+    with pytest.raises(ContextOverflowError, match=r"600 of them are 200 video frames"):
+        check_length(said, make(max_length=exact), frames=[200])
 
 
 def test_counting_by_given_numbers_touches_no_file(clip: Path) -> None:

@@ -48,7 +48,7 @@ from chiasm.text.labels import encode_pieces, official_labels, shift
 from chiasm.text.templates import FrameTags, Piece, Template, get_frame_tags, get_template, join
 from chiasm.text.tokenizer import Tokenizer
 
-__all__ = ["LayoutSpec", "count_tokens", "layout", "prompt_text"]
+__all__ = ["LayoutSpec", "check_length", "count_tokens", "layout", "prompt_text"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,11 +172,18 @@ class _Films:
         return [len(plan) for plan in self.plans]
 
     def batch(self, tiles: TilePolicy) -> tuple[MediaBatch, list[int]]:
-        """Decode: (F, 3, S, S) with times, and the number of the video that each frame is from."""
-        taken = [video.read(plan) for video, plan in zip(self.videos, self.plans, strict=True)]
-        data = torch.cat([tiles.tile(image, 1) for frames in taken for image in frames.images])
-        times = torch.tensor([when for frames in taken for when in frames.times], dtype=torch.float32)
-        return MediaBatch(data, times), [n for n, frames in enumerate(taken) for _ in frames.times]
+        """Decode: (F, 3, S, S) with times, and the number of the video that each frame is from.
+
+        One frame after the other is cut, so that no more than one is held in full size.
+        """
+        data: list[Tensor] = []
+        times: list[float] = []
+        for video, plan in zip(self.videos, self.plans, strict=True):
+            for image, when in video.each(plan):
+                data.append(tiles.tile(image, 1))
+                times.append(when)
+        groups = [n for n, count in enumerate(self.counts) for _ in range(count)]
+        return MediaBatch(torch.cat(data), torch.tensor(times, dtype=torch.float32)), groups
 
 
 def layout(
@@ -283,16 +290,23 @@ def count_tokens(
         generate: as in `layout`.
     """
     turns = parse_messages(messages)
-    pictures = _media(turns)["image"]
-    found = (
-        list(sizes)
-        if sizes is not None
-        else [image_size(p.value, orient=spec.tiles.orient) for p in pictures]
-    )
-    if len(found) != len(pictures):
-        raise DataError(f"{len(pictures)} picture(s) but {len(found)} size(s): give one (width, height) each")
-    shots = _count_frames(turns, spec, frames)
-    return len(_lay_rows(turns, spec, spec.tiles.counts(found), shots, train, generate).ids)
+    counts, shots = _count_tiles(turns, spec, sizes), _count_frames(turns, spec, frames)
+    return len(_lay_rows(turns, spec, counts, shots, train, generate).ids)
+
+
+def check_length(
+    messages: Any,
+    spec: LayoutSpec,
+    *,
+    sizes: Iterable[tuple[int, int]] | None = None,
+    frames: Iterable[int] | None = None,
+    train: bool = False,
+    generate: bool | None = None,
+) -> None:
+    """Raise the ContextOverflowError that `layout` would, without decoding; arguments as of `count_tokens`."""
+    turns = parse_messages(messages)
+    counts, shots = _count_tiles(turns, spec, sizes), _count_frames(turns, spec, frames)
+    _check_length(_lay_rows(turns, spec, counts, shots, train, generate), spec, counts, shots)
 
 
 def prompt_text(
@@ -341,6 +355,17 @@ def _open_films(
         films.videos.append(video)
         films.plans.append(list(range(len(video))) if as_given else video.plan(sampling))
     return films
+
+
+def _count_tiles(turns: list[Turn], spec: LayoutSpec, given: Iterable[tuple[int, int]] | None) -> list[int]:
+    """Tiles of each picture, from the sizes as told or as found."""
+    pictures = _media(turns)["image"]
+    if given is None:
+        given = [image_size(part.value, orient=spec.tiles.orient) for part in pictures]
+    found = list(given)
+    if len(found) != len(pictures):
+        raise DataError(f"{len(pictures)} picture(s) but {len(found)} size(s): give one (width, height) each")
+    return spec.tiles.counts(found)
 
 
 def _count_frames(turns: list[Turn], spec: LayoutSpec, given: Iterable[int] | None) -> list[int]:

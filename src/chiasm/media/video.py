@@ -29,7 +29,7 @@ import struct
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from itertools import accumulate, chain
+from itertools import accumulate, chain, groupby
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -135,16 +135,24 @@ class Video:
         Raises:
             ImageError: a frame cannot be decoded.
         """
-        found = self._decode(sorted(set(indices)))
+        taken = list(self.each(indices))
         return Frames(
-            images=tuple(found[index][0] for index in indices),
-            times=tuple(found[index][1] for index in indices),
+            images=tuple(image for image, _ in taken),
+            times=tuple(when for _, when in taken),
             name=self.name,
             total=len(self),
             duration=self.duration,
         )
 
-    def _decode(self, wanted: list[int]) -> dict[int, tuple[Image.Image, float]]:
+    def each(self, indices: Sequence[int]) -> Iterator[tuple[Image.Image, float]]:
+        """Image and exact time of each frame as `read` takes them, decoded one after the other."""
+        decoded = self._decode(sorted(set(indices)))
+        for _, same in groupby(sorted(indices)):
+            frame = next(decoded)
+            for _ in same:
+                yield frame
+
+    def _decode(self, wanted: list[int]) -> Iterator[tuple[Image.Image, float]]:
         """Image and exact time of each wanted index (rising, no index twice)."""
         raise NotImplementedError
 
@@ -289,8 +297,8 @@ class _Given(Video):
         super().__init__(frames.name, frames.times, frames.duration)
         self._frames = frames
 
-    def _decode(self, wanted: list[int]) -> dict[int, tuple[Image.Image, float]]:
-        return {index: (self._frames.images[index], self.times[index]) for index in wanted}
+    def _decode(self, wanted: list[int]) -> Iterator[tuple[Image.Image, float]]:
+        return ((self._frames.images[index], self.times[index]) for index in wanted)
 
     def read(self, indices: Sequence[int]) -> Frames:
         """The frames themselves, where all are wanted."""
@@ -305,12 +313,11 @@ class _Pictures(Video):
         self.whole = name == "list of pictures"
         self._sources, self._allow = sources, allow
 
-    def _decode(self, wanted: list[int]) -> dict[int, tuple[Image.Image, float]]:
-        found = {}
+    def _decode(self, wanted: list[int]) -> Iterator[tuple[Image.Image, float]]:
         for index in wanted:
-            found[index] = (open_image(self._sources[index], **self._allow), self.times[index])
+            image = open_image(self._sources[index], **self._allow)
             self.decoded += 1
-        return found
+            yield image, self.times[index]
 
 
 def _pictures_of(folder: Path, name: str) -> list[Path]:
@@ -370,23 +377,23 @@ class _Animation(Video):
     def _walk(self) -> Iterator[int]:
         """Decode one frame after the other."""
         for index in range(getattr(self._image, "n_frames", 1)):
-            self._image.seek(index)
-            self._image.load()
+            with _quiet_pillow():
+                self._image.seek(index)
+                self._image.load()
             yield index
 
-    def _decode(self, wanted: list[int]) -> dict[int, tuple[Image.Image, float]]:
-        found: dict[int, tuple[Image.Image, float]] = {}
+    def _decode(self, wanted: list[int]) -> Iterator[tuple[Image.Image, float]]:
         try:
-            with _quiet_pillow():
-                for index in self._walk():
-                    self.decoded += 1
-                    if index in wanted:
-                        found[index] = (to_rgb(self._image, name=self.name), self.times[index])
-                    if index == wanted[-1]:
-                        break
+            for index in self._walk():
+                self.decoded += 1
+                if index in wanted:
+                    with _quiet_pillow():
+                        image = to_rgb(self._image, name=self.name)
+                    yield image, self.times[index]
+                if index == wanted[-1]:
+                    break
         except Exception as error:
             raise _damaged(self.name, error) from error
-        return found
 
 
 # PyAV ------------------------------------------------------------------------------------------------------------
@@ -491,24 +498,25 @@ class _Stream(Video):
         last = float(packets[-1][3] * base) or (times[-1] / (len(times) - 1) if len(times) > 1 else 0.0)
         super().__init__(self.name, times, times[-1] + last)
 
-    def _decode(self, wanted: list[int]) -> dict[int, tuple[Image.Image, float]]:
-        found = {}
+    def _decode(self, wanted: list[int]) -> Iterator[tuple[Image.Image, float]]:
+        missing = list(reversed(wanted))
         try:
             frames = self._pick(wanted) if self._pts else self._count(wanted)
             for index, frame in frames:
+                if index != missing[-1]:
+                    break
                 when = self.times[index]
                 if self._pts:
                     when = float((frame.pts - self._pts[0]) * self._stream.time_base)
-                found[index] = (self._picture(frame), when)
+                yield self._picture(frame), when
+                missing.pop()
         except ImageError:
             raise
         # Of FFmpeg, of the file object below it, of the conversion to RGB.
         except Exception as error:
             raise _damaged(self.name, error) from error
-        for index in wanted:
-            if index not in found:
-                raise _damaged(self.name, EOFError(f"no frame at {self.times[index]:.2f} s"))
-        return found
+        if missing:
+            raise _damaged(self.name, EOFError(f"no frame at {self.times[missing[-1]]:.2f} s"))
 
     def _pick(self, wanted: list[int]) -> Iterator[tuple[int, Any]]:
         """The frame on screen at each wanted time; the decoder is moved only forwards over key frames."""
