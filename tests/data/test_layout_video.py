@@ -143,6 +143,14 @@ def test_lists_of_pictures_are_taken_whole_unless_told() -> None:
     assert len(layout(ask(video(pictures)), make()).spans) == 11
     assert len(layout(ask(video(pictures, frames=3)), make()).spans) == 3
     assert len(layout(ask(video(read_frames(pictures))), make()).spans) == 11
+    timed = layout(ask(video(pictures, folder_fps=2)), make()).media["video"]
+    assert timed.times_N.tolist() == [n / 2 for n in range(11)]
+
+
+def test_a_folder_of_any_name_is_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder(Path("list of pictures"), [f"{n}.png" for n in range(11)])
+    assert len(layout(ask(video("list of pictures")), make()).spans) == 8
 
 
 def test_sampling_of_the_part_the_layout_or_the_default(clip: Path) -> None:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from chiasm.errors import ChiasmError, ImageError, MissingExtraError
+from chiasm.media import video as video_module
 from chiasm.media.frames import Frames, FrameSampling
 from chiasm.media.video import is_video, open_video, read_frames
 from clips import animation, folder, number, numbered, write_clip
@@ -169,8 +170,20 @@ def test_animations(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
         assert video.times == pytest.approx([0, 0.05, 0.15, 0.19, 0.39])
         assert video.duration == pytest.approx(0.69)
         assert [number(image) for image in video.read([1, 3, 3]).images] == [1, 3, 3]
-        assert video.decoded == 4
+        assert video.decoded == 5 + 4  # all of them for their times, then up to the last wanted one
     assert [number(i) for i in read_frames(path, FrameSampling(clip=(0.05, 0.19))).images] == [1, 2]
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".webp", ".png"])
+def test_an_animation_of_too_many_pixels_is_refused_undecoded(
+    tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = animation(tmp_path / f"a{suffix}", 5)
+    monkeypatch.setattr(video_module, "MAX_ANIMATION_PIXELS", 5 * 64 * 48)
+    assert len(read_frames(path)) == 5
+    monkeypatch.setattr(video_module, "MAX_ANIMATION_PIXELS", 5 * 64 * 48 - 1)
+    monkeypatch.setattr(video_module._Animation, "_walk", lambda _: pytest.fail("decoded"))
+    refused(path, rf"a\{suffix}: its frames together have more than 15,359 pixels; shorten it")
 
 
 def test_a_delay_of_zero_is_a_tenth_of_a_second(tmp_path: Path) -> None:

@@ -350,8 +350,9 @@ def _open_films(
     for part in _media(turns)["video"]:
         sampling = spec.frame_sampling(part)
         video = opened.enter_context(opener(part.value, folder_fps=sampling.folder_fps))
-        # Who gives a list of pictures has chosen them; a sampling of the part's own chooses among them again.
-        as_given = video.whole and not part.sampling
+        # Who gives a list of pictures has chosen them; a sampling of the part's own chooses among them again. Their
+        # rate says when they are, not which.
+        as_given = video.whole and not set(part.sampling) - {"folder_fps"}
         films.videos.append(video)
         films.plans.append(list(range(len(video))) if as_given else video.plan(sampling))
     return films

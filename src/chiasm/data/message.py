@@ -107,7 +107,7 @@ class Record:
         tagged: write media as tags in the text. False for rows that came without any: the official rule puts their
             media in front of the first question, and writing them back leaves them as they were.
         listed: write a single picture as a list of one.
-        extra: all other fields of the row (id, width, height, clip, …), untouched.
+        extra: all other fields of the row (id, width, height, …), untouched.
     """
 
     turns: tuple[Turn, ...]
@@ -343,7 +343,7 @@ def from_row(row: Mapping[str, Any], *, where: str = "row") -> Record:
         turns=turns,
         tagged=any(mine and _TAGS[kind] in value for (_, value, _), mine in zip(said, given, strict=True)),
         listed=taken == "image" and isinstance(row["image"], list),
-        extra={key: row[key] for key in row if key not in ("conversations", taken)},
+        extra={key: row[key] for key in row if key not in ("conversations", taken, *clip)},
     )
 
 

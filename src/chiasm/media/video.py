@@ -6,7 +6,8 @@ PNG and a folder or list of pictures (all without PyAV). Audio is ignored.
 How a file is read: its packets are listed without decoding, which gives the exact presentation time of every frame
 and the key frames. For each wanted frame the decoder starts at the key frame before it, unless it is already between
 the two. `Video.decoded` counts what the decoder put out. Animations cannot be entered in the middle: all frames up
-to the wanted one are decoded, and once before that to learn their times.
+to the wanted one are decoded, and once before that to learn their times; both are counted, and `MAX_ANIMATION_PIXELS`
+is the limit.
 
 Decided here:
 - The rotation that a file carries (phones) is always applied, mirrored or not, whatever the tile policy does with EXIF.
@@ -42,10 +43,21 @@ from chiasm.media.frames import Frames, FrameSampling, choose_frames
 from chiasm.media.image import FORMATS as IMAGE_FORMATS
 from chiasm.media.image import MAX_PIXELS, _quiet_pillow, open_image, to_rgb
 
-__all__ = ["MAX_VIDEO_BYTES", "VIDEO_SUFFIXES", "Video", "is_video", "open_video", "read_frames"]
+__all__ = [
+    "MAX_ANIMATION_PIXELS",
+    "MAX_VIDEO_BYTES",
+    "VIDEO_SUFFIXES",
+    "Video",
+    "is_video",
+    "open_video",
+    "read_frames",
+]
 
 MAX_VIDEO_BYTES = 512 * 2**20
 """Limit for a video that is downloaded, decoded from a ``data:`` URL or read from a pipe; files have none."""
+
+MAX_ANIMATION_PIXELS = 2**31
+"""Largest accepted frames x width x height of an animation, all of whose frames are decoded to learn their times."""
 
 VIDEO_SUFFIXES = frozenset(
     [
@@ -178,9 +190,8 @@ def open_video(
     if isinstance(source, bytes | bytearray | memoryview):
         return _open_file(io.BytesIO(source), f"video of {len(source)} bytes")
     if isinstance(source, list | tuple):
-        return _Pictures(
-            "list of pictures", list(source), folder_fps, allow_files=allow_files, allow_urls=allow_urls
-        )
+        allow = {"allow_files": allow_files, "allow_urls": allow_urls}
+        return _Pictures("list of pictures", list(source), folder_fps, whole=True, **allow)
     if not isinstance(source, str | Path):
         raise ImageError(
             f"cannot open a {type(source).__name__} as a video; give a path, a URL, bytes or a list of pictures"
@@ -308,9 +319,11 @@ class _Given(Video):
 class _Pictures(Video):
     """A folder or list of pictures, one frame each, opened when wanted."""
 
-    def __init__(self, name: str, sources: list[Any], fps: float, **allow: Any) -> None:
+    def __init__(
+        self, name: str, sources: list[Any], fps: float, *, whole: bool = False, **allow: bool
+    ) -> None:
         super().__init__(name, [n / fps for n in range(len(sources))], len(sources) / fps)
-        self.whole = name == "list of pictures"
+        self.whole = whole
         self._sources, self._allow = sources, allow
 
     def _decode(self, wanted: list[int]) -> Iterator[tuple[Image.Image, float]]:
@@ -356,6 +369,12 @@ class _Animation(Video):
                     raise ImageError(
                         f"{name}: has frames of more than {MAX_PIXELS:,} pixels; make it smaller first"
                     )
+                pixels = getattr(self._image, "n_frames", 1) * self._image.width * self._image.height
+                if pixels > MAX_ANIMATION_PIXELS:
+                    raise ImageError(
+                        f"{name}: its frames together have more than {MAX_ANIMATION_PIXELS:,} pixels; "
+                        "shorten it, make it smaller, or convert it to MP4"
+                    )
                 for _ in self._walk():
                     delay = float(self._image.info.get("duration") or 0) / 1000
                     delays.append(delay if delay > 0 else _DEFAULT_DELAY)
@@ -369,6 +388,7 @@ class _Animation(Video):
         except Exception as error:
             raise _damaged(name, error) from error
         super().__init__(name, list(accumulate(delays[:-1], initial=0.0)), sum(delays))
+        self.decoded = len(delays)
 
     def close(self) -> None:
         self._image.close()
