@@ -54,6 +54,10 @@ def test_accepted_spellings():
         ({"type": "image_url", "image_url": {"url": "a.png", "detail": "low"}}, image("a.png")),
         ({"type": "video", "video": "a.mp4"}, Part("video", "a.mp4")),
         ({"type": "video_url", "video_url": {"url": "a.mp4"}}, Part("video", "a.mp4")),
+        (
+            {"type": "video_url", "video_url": {"url": "a.mp4", "fps": 2, "detail": "low"}, "clip": [1, 2]},
+            Part("video", "a.mp4", {"fps": 2, "clip": [1, 2]}),
+        ),
         ({"type": "points", "points": [1, 2]}, Part("points", [1, 2])),
         ({"type": "box", "box": [1, 2, 3, 4]}, Part("box", [1, 2, 3, 4])),
         ({"type": "codes", "codes": [7]}, Part("codes", [7])),

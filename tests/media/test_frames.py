@@ -87,11 +87,14 @@ def test_golden_indices(total, n, formula, golden):
 rising = st.lists(st.floats(0.001, 5), min_size=0, max_size=60).map(
     lambda gaps: [0.0, *np.cumsum(gaps).tolist()]
 )
+modes = st.one_of(
+    st.tuples(st.sampled_from(["middle", "rand", "fps"]), st.none()),
+    st.tuples(st.just("fps"), st.floats(0.05, 50)),
+)
 samplings = st.builds(
-    FrameSampling,
-    mode=st.sampled_from(["middle", "rand", "fps"]),
+    lambda mode, **options: FrameSampling(mode=mode[0], fps=mode[1], **options),
+    mode=modes,
     frames=st.integers(1, 40),
-    fps=st.floats(0.05, 50),
     min_frames=st.integers(1, 5),
     max_frames=st.integers(5, 40),
     seed=st.integers(0, 99),
@@ -208,7 +211,7 @@ def test_no_frame_a_second_comes_twice():
 
 @pytest.mark.parametrize("mode", ["middle", "rand", "fps"])
 def test_fewer_frames_than_asked_come_once_each_whatever_their_times(mode):
-    sampling = FrameSampling(mode=mode, frames=9, fps=0.01, min_frames=9)
+    sampling = FrameSampling(mode=mode, frames=9, fps=0.01 if mode == "fps" else None, min_frames=9)
     assert choose_frames([0.0, 0.1, 0.2, 10.0], 11.0, sampling) == [0, 1, 2, 3]
 
 
@@ -255,6 +258,7 @@ def test_clips():
         ({"fps": math.nan}, "fps must be"),
         ({"fps": math.inf}, "fps must be"),
         ({"fps": 1e308}, "fps must be"),
+        ({"mode": "middle", "fps": 2}, "fps does not go with sampling mode middle: leave one of them out"),
         ({"fps": 10**400}, "fps must be"),
         ({"folder_fps": "2"}, "folder_fps must be"),
         ({"folder_fps": 1e-300}, "folder_fps must be"),

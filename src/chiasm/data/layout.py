@@ -109,10 +109,15 @@ class LayoutSpec:
     def frame_sampling(self, part: Part) -> FrameSampling:
         """Which frames of a video part are taken; ConfigError when its fields cannot be."""
         formula = "hf" if self.template.frames == "hf" else "original"
+        own = self.sampling or FrameSampling(formula=formula)
         asked = dict(part.sampling)
-        if "fps" in asked:
+        if asked.get("fps") is not None:
             asked.setdefault("mode", "fps")
-        return replace(self.sampling or FrameSampling(formula=formula), **asked)
+        if (
+            asked.get("mode", own.mode) != "fps"
+        ):  # then a rate is refused, but not for one of the layout's own
+            asked.setdefault("fps", None)
+        return replace(own, **asked)
 
     @property
     def context_id(self) -> int:
@@ -278,19 +283,24 @@ def count_tokens(
     frames: Iterable[int] | None = None,
     train: bool = False,
     generate: bool | None = None,
+    opener: Callable[..., Image] | None = None,
+    video_opener: Callable[..., Video] = open_video,
 ) -> int:
     """T of `layout(messages, spec, …)` without decoding a picture; not limited by `max_length`.
 
     Args:
         messages: anything that `parse_messages` reads.
         spec: the rules.
-        sizes: (width, height) in pixels of every picture in order, upright; default: read from the pictures' headers.
+        sizes: (width, height) in pixels of every picture in order, upright; default: read from the pictures' headers,
+            or from the pictures as `opener` opens them.
         frames: how many are taken of every video in order; default: from the videos' time stamps.
         train: as in `layout`.
         generate: as in `layout`.
+        opener: as in `layout`; pictures are decoded for it.
+        video_opener: as in `layout`.
     """
     turns = parse_messages(messages)
-    counts, shots = _count_tiles(turns, spec, sizes), _count_frames(turns, spec, frames)
+    counts, shots = _count_tiles(turns, spec, sizes, opener), _count_frames(turns, spec, frames, video_opener)
     return len(_lay_rows(turns, spec, counts, shots, train, generate).ids)
 
 
@@ -302,10 +312,12 @@ def check_length(
     frames: Iterable[int] | None = None,
     train: bool = False,
     generate: bool | None = None,
+    opener: Callable[..., Image] | None = None,
+    video_opener: Callable[..., Video] = open_video,
 ) -> None:
     """Raise the ContextOverflowError that `layout` would, without decoding; arguments as of `count_tokens`."""
     turns = parse_messages(messages)
-    counts, shots = _count_tiles(turns, spec, sizes), _count_frames(turns, spec, frames)
+    counts, shots = _count_tiles(turns, spec, sizes, opener), _count_frames(turns, spec, frames, video_opener)
     _check_length(_lay_rows(turns, spec, counts, shots, train, generate), spec, counts, shots)
 
 
@@ -316,13 +328,15 @@ def prompt_text(
     frames: Iterable[int] | None = None,
     train: bool = False,
     generate: bool | None = None,
+    video_opener: Callable[..., Video] = open_video,
 ) -> str:
     """The text that is tokenised, each picture and frame written as start, one context and end token; no begin token.
 
-    `frames` are as in `count_tokens`.
+    `frames` are as in `count_tokens`, `video_opener` as in `layout`.
     """
     turns = parse_messages(messages)
-    return join(_render(turns, spec, _count_frames(turns, spec, frames), train, generate)[0])
+    shots = _count_frames(turns, spec, frames, video_opener)
+    return join(_render(turns, spec, shots, train, generate)[0])
 
 
 def _media(turns: list[Turn]) -> dict[str, list[Part]]:
@@ -358,10 +372,17 @@ def _open_films(
     return films
 
 
-def _count_tiles(turns: list[Turn], spec: LayoutSpec, given: Iterable[tuple[int, int]] | None) -> list[int]:
+def _count_tiles(
+    turns: list[Turn],
+    spec: LayoutSpec,
+    given: Iterable[tuple[int, int]] | None,
+    opener: Callable[..., Image] | None,
+) -> list[int]:
     """Tiles of each picture, from the sizes as told or as found."""
     pictures = _media(turns)["image"]
-    if given is None:
+    if given is None and opener is not None:
+        given = [opener(part.value, orient=spec.tiles.orient).size for part in pictures]
+    elif given is None:
         given = [image_size(part.value, orient=spec.tiles.orient) for part in pictures]
     found = list(given)
     if len(found) != len(pictures):
@@ -369,11 +390,13 @@ def _count_tiles(turns: list[Turn], spec: LayoutSpec, given: Iterable[tuple[int,
     return spec.tiles.counts(found)
 
 
-def _count_frames(turns: list[Turn], spec: LayoutSpec, given: Iterable[int] | None) -> list[int]:
+def _count_frames(
+    turns: list[Turn], spec: LayoutSpec, given: Iterable[int] | None, opener: Callable[..., Video]
+) -> list[int]:
     """Frames of each video, as told or as found."""
     if given is None:
         with ExitStack() as opened:
-            return _open_films(turns, spec, open_video, opened).counts
+            return _open_films(turns, spec, opener, opened).counts
     found, videos = list(given), _media(turns)["video"]
     if len(found) != len(videos):
         raise DataError(f"{len(videos)} video(s) but {len(found)} number(s) of frames: give one each")

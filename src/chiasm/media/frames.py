@@ -67,7 +67,7 @@ class FrameSampling:
         mode: ``middle``, ``rand`` or ``fps``.
         frames: how many with ``middle`` and ``rand``; None with ``rand`` draws the number from min_frames to
             max_frames, as the training of the release does.
-        fps: frames a second with ``fps``, from 0.000001 to 1000000.
+        fps: frames a second with ``fps``, from 0.000001 to 1000000; None means 1, and is the only value elsewhere.
         min_frames: least number asked for with ``fps``, and with ``rand`` if frames is None.
         max_frames: largest number, likewise.
         clip: (start, end) in seconds; None for the whole video.
@@ -78,7 +78,7 @@ class FrameSampling:
 
     mode: SamplingMode = "middle"
     frames: int | None = 8
-    fps: float = 1.0
+    fps: float | None = None
     min_frames: int = 1
     max_frames: int = 64
     clip: tuple[float, float] | None = None
@@ -111,10 +111,14 @@ class FrameSampling:
             raise ConfigError(f"seed must be a whole number, not {self.seed!r}")
         for name in ("fps", "folder_fps"):
             value = getattr(self, name)
+            if name == "fps" and value is None:
+                continue
             if not _is_number(value) or not _SLOWEST <= value <= _FASTEST:
                 raise ConfigError(
                     f"{name} must be a number from 0.000001 to 1000000 (frames a second), not {value!r:.60}"
                 )
+        if self.fps is not None and self.mode != "fps":
+            raise ConfigError(f"fps does not go with sampling mode {self.mode}: leave one of them out")
         if self.clip is not None:
             object.__setattr__(self, "clip", _checked_clip(self.clip))
 
@@ -225,7 +229,8 @@ def choose_frames(
     inside = times[low:high]
     total = len(inside)
     if sampling.mode == "fps":
-        found = fps_indices(inside, sampling.fps, start, end, most=sampling.max_frames + 1)
+        rate = 1.0 if sampling.fps is None else sampling.fps
+        found = fps_indices(inside, rate, start, end, most=sampling.max_frames + 1)
         n = min(max(len(found), sampling.min_frames), sampling.max_frames)
         if len(found) == n:
             return [low + index for index in found]
