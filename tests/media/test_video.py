@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import base64
 import builtins
+import http.server
 import os
 import random
+import threading
+import time
 from pathlib import Path
 
 import av
@@ -17,7 +20,7 @@ from PIL import Image
 from chiasm.errors import ChiasmError, ImageError, MissingExtraError
 from chiasm.media import video as video_module
 from chiasm.media.frames import Frames, FrameSampling
-from chiasm.media.video import is_video, open_video, read_frames
+from chiasm.media.video import MAX_VIDEO_BYTES, is_video, open_video, read_frames
 from clips import animation, folder, number, numbered, write_clip
 
 # mpeg4 and VP9 are in every build of PyAV; H.264 has B-frames, so that order of decoding and of showing differ.
@@ -224,8 +227,6 @@ def test_lists_of_pictures_are_taken_whole(tmp_path: Path) -> None:
 
 
 def test_bytes_urls_and_pipes(clip: Path, tmp_path: Path) -> None:
-    import threading
-
     data = clip.read_bytes()
     url = "data:video/mp4;base64," + base64.b64encode(data).decode()
     pipe = tmp_path / "pipe"
@@ -233,6 +234,51 @@ def test_bytes_urls_and_pipes(clip: Path, tmp_path: Path) -> None:
     threading.Thread(target=lambda: pipe.write_bytes(data), daemon=True).start()
     for source in (data, url, pipe):
         assert [number(i) for i in read_frames(source).images] == [3, 9, 15, 21, 27, 34, 40, 46]
+
+
+class _Server(http.server.BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.server.accepted.append(self.headers["Accept"])
+        data = self.server.data
+        self.send_response(200)
+        self.send_header("Content-Length", str(2**40 if self.path == "/huge.mp4" else len(data)))
+        self.end_headers()
+        half = len(data) // 2
+        self.wfile.write(data[:half])
+        if self.path == "/slow.mp4":
+            time.sleep(0.3)
+        if self.path != "/huge.mp4":
+            self.wfile.write(data[half:])
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_downloads_are_those_of_videos(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Server) as httpd:
+        httpd.accepted, httpd.data = [], clip.read_bytes()
+        thread = threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            place = f"http://127.0.0.1:{httpd.server_port}"
+            assert len(read_frames(place + "/clip.mp4")) == 8
+            assert set(httpd.accepted) == {"video/*,*/*;q=0.1"}
+            refused(place + "/huge.mp4", "holds more than 512 MiB; make the video smaller")
+            assert len(read_frames(place + "/slow.mp4")) == 8
+            monkeypatch.setattr(video_module, "_DEADLINE", 0.1)
+            refused(place + "/slow.mp4", "the server is too slow; download the video and give its path")
+        finally:
+            httpd.shutdown()
+            thread.join()
+    refused("data:video/mp4", "is not of the form data:video/…;base64,…")
+
+
+def test_a_slow_download_has_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {}
+    monkeypatch.setattr(video_module, "load_bytes", lambda _, **given: asked.update(given) or b"")
+    refused("http://x.org/a.mp4", "is empty")
+    assert asked == {"limit": MAX_VIDEO_BYTES, "deadline": 540.0, "kind": "video"}
 
 
 def test_what_is_a_video(tmp_path: Path, clip: Path) -> None:

@@ -41,7 +41,7 @@ from chiasm.errors import ImageError, MissingExtraError, missing_extra
 from chiasm.media.fetch import file_error, is_url, load_bytes, local_path, short_name
 from chiasm.media.frames import Frames, FrameSampling, choose_frames
 from chiasm.media.image import FORMATS as IMAGE_FORMATS
-from chiasm.media.image import MAX_PIXELS, _quiet_pillow, open_image, to_rgb
+from chiasm.media.image import MAX_PIXELS, open_image, quiet_pillow, to_rgb
 
 __all__ = [
     "MAX_ANIMATION_PIXELS",
@@ -87,6 +87,8 @@ _STILL_BRANDS = (
     b"jxl ",
 )
 _DEFAULT_DELAY = 0.1
+# Seconds for a download: the largest accepted video at a megabyte a second.
+_DEADLINE = 540.0
 
 # Signs of the display matrix (a, b, c, d), which sends (x, y) to (a x + c y, b x + d y) with y downwards.
 _UPRIGHT = {
@@ -200,14 +202,14 @@ def open_video(
     if isinstance(source, str) and is_url(source):
         if not allow_urls and source[:5].lower() != "data:":
             raise ImageError(f"{name}: URLs are not accepted here; send the video itself (data: URL)")
-        return _open_file(io.BytesIO(load_bytes(source, limit=MAX_VIDEO_BYTES)), name)
+        return _open_file(io.BytesIO(_load(source)), name)
     if not allow_files:
         raise ImageError(f"{name}: paths are not accepted here; send the video itself (data: URL)")
     if _is_folder(source):
         return _Pictures(name, _pictures_of(Path(source), name), folder_fps)
     path = local_path(source)
     if not stat.S_ISREG(path.stat().st_mode):  # a pipe cannot be sought in
-        return _open_file(io.BytesIO(load_bytes(path, limit=MAX_VIDEO_BYTES)), name)
+        return _open_file(io.BytesIO(_load(path)), name)
     try:
         file = path.open("rb")
     except OSError as error:
@@ -253,6 +255,11 @@ def is_video(source: str | Path, *, animations: bool = True) -> bool:
 # Files -----------------------------------------------------------------------------------------------------------
 
 
+def _load(source: str | Path) -> bytes:
+    """A video's bytes from a URL or pipe."""
+    return load_bytes(source, limit=MAX_VIDEO_BYTES, deadline=_DEADLINE, kind="video")
+
+
 def _open_file(file: IO[bytes], name: str) -> Video:
     """A video from an open file, which is closed with it, or at once if it is none."""
     try:
@@ -284,7 +291,7 @@ def _is_container(head: bytes) -> bool:
 def _is_animated(file: IO[bytes]) -> bool:
     file.seek(0)
     # What is wrong with it is said by whoever opens it as a picture.
-    with suppress(Exception), _quiet_pillow(), Image.open(file, formats=_ANIMATIONS) as image:
+    with suppress(Exception), quiet_pillow(), Image.open(file, formats=_ANIMATIONS) as image:
         return getattr(image, "n_frames", 1) > 1
     return False
 
@@ -363,7 +370,7 @@ class _Animation(Video):
         self._file = file
         delays: list[float] = []
         try:
-            with _quiet_pillow():
+            with quiet_pillow():
                 self._image = Image.open(file, formats=_ANIMATIONS)
                 if self._image.width * self._image.height > MAX_PIXELS:
                     raise ImageError(
@@ -397,7 +404,7 @@ class _Animation(Video):
     def _walk(self) -> Iterator[int]:
         """Decode one frame after the other."""
         for index in range(getattr(self._image, "n_frames", 1)):
-            with _quiet_pillow():
+            with quiet_pillow():
                 self._image.seek(index)
                 self._image.load()
             yield index
@@ -407,7 +414,7 @@ class _Animation(Video):
             for index in self._walk():
                 self.decoded += 1
                 if index in wanted:
-                    with _quiet_pillow():
+                    with quiet_pillow():
                         image = to_rgb(self._image, name=self.name)
                     yield image, self.times[index]
                 if index == wanted[-1]:
