@@ -232,6 +232,16 @@ def test_rand_takes_every_frame_of_an_interval_in_time():
     assert counts == {4, 5, 6}
 
 
+def test_rand_differs_between_videos_and_not_between_runs():
+    times, sampling = steady(500, 10), FrameSampling(mode="rand", seed=3)
+    taken = [choose_frames(times, 50.0, sampling, name=name) for name in ("a.mp4", "b.mp4", "c.mp4", "a.mp4")]
+    assert taken[0] == taken[3] == [8, 104, 156, 239, 250, 321, 379, 439]
+    assert len(set(map(tuple, taken))) == 3
+    drawn = FrameSampling(mode="rand", frames=None)
+    counts = [len(choose_frames(times, 50.0, drawn, name=f"{n}.mp4")) for n in range(9)]
+    assert len(set(counts)) > 1
+
+
 def test_clips():
     times = steady(50, 10)
     whole = choose_frames(times, 5.0, FrameSampling(frames=50, clip=(1.0, 2.0)))

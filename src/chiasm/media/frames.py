@@ -8,6 +8,7 @@ Source: fact sheet InternVL 2.5, sections 3.1, 3.4 and 5. The samplers:
   ``arange(T / n / 2, T, T / n)`` rounded down.
 - ``rand`` (training): T frames cut into n intervals, one frame of each at random. The released code never takes the
   last frame of an interval, and another rule where an interval has one frame only; here every frame has its chance.
+  Drawn from the seed and the video's name, so that equally long videos get different frames, and each the same again.
 - ``fps``: a frame at d/2, 3d/2, 5d/2, … seconds with d = 1 / fps, each time the nearest frame (of equally near ones
   the one with the even index, as NumPy rounds), none where the end is nearer. A frame that is nearest several times
   is taken once (the release repeats it). Where that makes more than ``max_frames``, the release drops the end of the
@@ -71,7 +72,7 @@ class FrameSampling:
         min_frames: least number asked for with ``fps``, and with ``rand`` if frames is None.
         max_frames: largest number, likewise.
         clip: (start, end) in seconds; None for the whole video.
-        seed: of ``rand``; the same seed takes the same frames.
+        seed: of ``rand``; the same seed takes the same frames of a video of the same name (path or URL, as given).
         formula: of ``middle``: ``original`` or ``hf``.
         folder_fps: frames a second of a folder or list of pictures, which cannot say it themselves.
     """
@@ -164,10 +165,13 @@ def middle_indices(total: int, n: int, formula: Formula = "original") -> list[in
     return [int(segment / 2 + round(segment * k)) for k in range(n)]
 
 
-def rand_indices(total: int, n: int, seed: int = 0) -> list[int]:
-    """One frame of each of n intervals of `total` frames; all frames where there are fewer."""
+def rand_indices(total: int, n: int, seed: int = 0, name: str = "video") -> list[int]:
+    """One frame of each of n intervals of `total` frames; all frames where there are fewer.
+
+    The same seed and name draw the same frames, in every process.
+    """
     n = min(n, total)
-    draw = random.Random(seed)
+    draw = random.Random(f"{seed} {name}")  # hashed by SHA-512, not by hash()
     # In whole numbers: what NumPy's linspace rounds down to, without its rounding errors.
     edges = [total * k // n for k in range(n + 1)]
     return [draw.randrange(low, high) for low, high in pairwise(edges)]
@@ -206,7 +210,7 @@ def choose_frames(
         times: seconds after the first frame, rising, at least one.
         duration: when the last frame ends.
         sampling: the rules.
-        name: of the video, for errors.
+        name: of the video, for errors and for what ``rand`` draws.
 
     Raises:
         ImageError: the clip begins where the video has ended.
@@ -237,13 +241,13 @@ def choose_frames(
         if n == total:
             return list(range(low, high))
     elif sampling.frames is None:
-        n = random.Random(f"n{sampling.seed}").randint(sampling.min_frames, sampling.max_frames)
+        n = random.Random(f"n{sampling.seed} {name}").randint(sampling.min_frames, sampling.max_frames)
     else:
         n = sampling.frames
     if n > total:
         return list(range(low, high))
     if sampling.mode == "rand":
-        even = rand_indices(total, n, sampling.seed)
+        even = rand_indices(total, n, sampling.seed, name)
     else:
         even = middle_indices(total, n, sampling.formula)
     gap = _gap(inside)
