@@ -327,7 +327,7 @@ class _Pictures(Video):
     """A folder or list of pictures, one frame each, opened when wanted."""
 
     def __init__(
-        self, name: str, sources: list[Any], fps: float, *, whole: bool = False, **allow: bool
+        self, name: str, sources: list[Any], fps: float, *, whole: bool = False, **allow: Any
     ) -> None:
         super().__init__(name, [n / fps for n in range(len(sources))], len(sources) / fps)
         self.whole = whole
