@@ -171,6 +171,14 @@ def test_damaged_vocabularies_are_one_line(break_it, said: str, tmp_path: Path) 
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["other.json", "tokenizer.json", "none/", "tokenizer.model"])
+def test_a_missing_file_is_not_replaced_by_others_of_its_folder(name: str, tmp_path: Path) -> None:
+    write_qwen2(tmp_path)
+    with pytest.raises(CheckpointError, match="no such file or folder: give a folder") as caught:
+        Tokenizer.from_file(tmp_path / name)
+    assert str(caught.value).startswith(str(tmp_path / name))
+
+
 # --- SentencePiece ---------------------------------------------------------------------------------------------------
 
 SHAPES = [

@@ -50,13 +50,19 @@ class Tokenizer:
     def from_file(cls, path: str | Path) -> Tokenizer:
         """Read a folder's tokenizer, or a ``tokenizer.json``, with the ``tokenizer_config.json`` beside it.
 
-        The first of these is taken: ``tokenizer.json``; ``vocab.json`` with ``merges.txt``; ``tokenizer.model``.
+        Of a folder the first of these is taken: ``tokenizer.json``; ``vocab.json`` with ``merges.txt``;
+        ``tokenizer.model``. A file that is named is read, and no other in its place.
 
         Raises:
             CheckpointError: there is none, or a file is malformed.
         """
         path = Path(path)
-        folder, file = (path, path / _BACKEND_FILE) if path.is_dir() else (path.parent, path)
+        whole = path.is_dir()
+        folder, file = (path, path / _BACKEND_FILE) if whole else (path.parent, path)
+        if not whole and not file.is_file():
+            raise CheckpointError(
+                f"{file}: no such file or folder: give a folder with the model's tokenizer, or its {_BACKEND_FILE}"
+            )
         config = read_json(folder / _CONFIG_FILE)
         if file.is_file():
             try:
