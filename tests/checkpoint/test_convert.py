@@ -352,6 +352,9 @@ def test_image_token_from_wherever_it_is_known(tmp_path):
         (tmp_path / "a" / name).unlink()
     (tmp_path / "a" / "tokenizer.json").write_text(json.dumps(listed))
     assert added_tokens(tmp_path / "a") == {"<IMG_CONTEXT>": 11}
+    odd = {"added_tokens_decoder": {"9" * 5000: {"content": "<odd>"}}}
+    (tmp_path / "a" / "tokenizer_config.json").write_text(json.dumps(odd))
+    assert added_tokens(tmp_path / "a") == {"<IMG_CONTEXT>": 11}
 
 
 def test_facts_that_the_hf_layout_cannot_keep_are_noted(tmp_path):

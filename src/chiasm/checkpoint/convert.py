@@ -380,7 +380,8 @@ def added_tokens(folder: str | Path) -> dict[str, int]:
     if path.is_file():
         table = read_json(path).get("added_tokens_decoder")
         for index, token in (table if isinstance(table, dict) else {}).items():
-            if isinstance(token, dict) and isinstance(token.get("content"), str) and index.isdecimal():
+            known = isinstance(token, dict) and isinstance(token.get("content"), str)
+            if known and index.isdecimal() and len(index) <= 10:  # int() refuses thousands of digits
                 found[token["content"]] = int(index)
     path = folder / "tokenizer.json"
     if path.is_file():
