@@ -10,14 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 from tests.cli.conftest import write_internvl
 
 from chiasm import hub as chiasm_hub
 from chiasm.checkpoint.download import check_sums, fetch
 from chiasm.errors import CheckpointError, ChiasmError
 from mock_hub import MockHub, closed_port, point_at
-
-constants = pytest.importorskip("huggingface_hub.constants")
 
 ID = "OpenGVLab/InternVL2_5-tiny"
 UNWANTED = {

@@ -14,8 +14,6 @@ from tests.cli.conftest import Run
 from chiasm.cli import doctor
 from mock_hub import MockHub, closed_port, point_at
 
-pytest.importorskip("huggingface_hub")
-
 ID = "OpenGVLab/InternVL2_5-tiny"
 
 
