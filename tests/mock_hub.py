@@ -219,6 +219,7 @@ def point_at(url: str, cache: Path, monkeypatch: pytest.MonkeyPatch, *, offline:
     )
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setenv("CHIASM_CACHE", str(cache / "chiasm"))
     trees = sys.modules.get("huggingface_hub._tree_cache")
     if trees is not None:  # kept in memory by path
         monkeypatch.setattr(trees, "_IN_MEMORY_TREE_CACHE", {}, raising=False)

@@ -81,7 +81,6 @@ def test_only_models_of_a_hub_have_revisions(tiny: Path) -> None:
 
 
 def test_without_a_network_an_unknown_id_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    pytest.importorskip("huggingface_hub")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(CheckpointError, match="OpenGVLab/InternVL2_5-1B at main is not complete") as caught:
@@ -101,6 +100,13 @@ def test_options_are_checked_before_a_download(monkeypatch: pytest.MonkeyPatch) 
         hub.load("a/b", tiles=3)
     with pytest.raises(ConfigError, match="dtype 'float8'"):
         hub.load("a/b", dtype="float8")
+
+
+@pytest.mark.parametrize("name", ["~nosuchuser/x", "a" * 300, "/" + "a" * 300])
+def test_names_that_no_folder_can_have_are_one_line(name: str) -> None:
+    with pytest.raises(CheckpointError, match=r"there is no folder|unknown model") as caught:
+        hub.load(name)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_file_is_no_model(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from chiasm.model.chat import ChatModel
 
-__all__ = ["MODELS", "Model", "hub_id", "load", "names"]
+__all__ = ["MODELS", "Model", "hub_id", "load", "model_type", "names"]
 
 _log = logging.getLogger("chiasm.hub")
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([^\s@]+))?", re.ASCII)
@@ -93,7 +93,7 @@ def hub_id(path_or_id: str | Path, revision: str | None = None) -> tuple[str, st
     Raises:
         UsageError: two revisions are given.
     """
-    if not isinstance(path_or_id, str) or path_or_id in MODELS or Path(path_or_id).expanduser().exists():
+    if not isinstance(path_or_id, str) or path_or_id in MODELS or _existing(path_or_id) is not None:
         return None
     match = _HUB_ID.fullmatch(path_or_id)
     if match is None:
@@ -101,6 +101,15 @@ def hub_id(path_or_id: str | Path, revision: str | None = None) -> tuple[str, st
     if match[2] and revision and match[2] != revision:
         raise UsageError(f"{path_or_id} and revision {revision} contradict each other: give one of the two")
     return match[1], match[2] or revision
+
+
+def _existing(path: str | Path) -> Path | None:
+    """The file or folder of this name; None where there is none, or can be none (an unknown home, too long a name)."""
+    try:
+        found = Path(path).expanduser()
+        return found if found.exists() else None
+    except (OSError, RuntimeError):
+        return None
 
 
 def _loader(path_or_id: str | Path, revision: str | None) -> Callable[..., ChatModel]:
@@ -112,8 +121,8 @@ def _loader(path_or_id: str | Path, revision: str | None) -> Callable[..., ChatM
         raise UsageError(f"{path_or_id} has no revisions: only models of a hub do (OWNER/NAME)")
     if isinstance(path_or_id, str) and path_or_id in MODELS:
         return MODELS[path_or_id].load
-    folder = Path(path_or_id).expanduser()
-    if folder.exists():
+    folder = _existing(path_or_id)
+    if folder is not None:
         return lambda **given: _load_folder(folder, **given)
     name = str(path_or_id)
     if isinstance(path_or_id, Path) or "/" in name or "\\" in name:
@@ -144,7 +153,7 @@ def _load_remote(repo: str, revision: str | None, **given: Any) -> ChatModel:
 
 def _load_folder(folder: Path, **given: Any) -> ChatModel:
     """A checkpoint folder of any kind; the bundled model's own kind says so in its config."""
-    if _model_type(folder) == "chiasm-mini":
+    if model_type(folder) == "chiasm-mini":
         return _load_mini(folder=folder, **given)
     from chiasm.systems.internvl.load import load_folder
 
@@ -200,7 +209,7 @@ MODELS: dict[str, Model] = {
 """Name -> model."""
 
 
-def _model_type(folder: Path) -> object:
+def model_type(folder: Path) -> object:
     """`model_type` of a folder's config; None where there is none to read, which its loader then reports."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8-sig"))

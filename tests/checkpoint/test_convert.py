@@ -21,15 +21,17 @@ from tests.checkpoint.random_checkpoints import (
     write_tokenizer,
 )
 from tests.checkpoint.test_adapters import hf_model
+from tests.text.test_slow_files import internlm2, write_qwen2
 
 from chiasm.checkpoint.adapters import open_checkpoint
 from chiasm.checkpoint.config import read_config
-from chiasm.checkpoint.convert import added_tokens, convert
+from chiasm.checkpoint.convert import added_tokens, convert, convert_part
 from chiasm.checkpoint.preprocess import preprocessor_files, read_tile_policy
 from chiasm.checkpoint.store import CheckpointReader, read_json
 from chiasm.errors import CheckpointError, ConfigError, UsageError
 from chiasm.media.tiles import NORMALIZATIONS, TilePolicy
 from chiasm.text.templates import TEMPLATES, join
+from chiasm.text.tokenizer import Tokenizer
 
 FAMILIES = ("qwen2", "llama")
 
@@ -168,11 +170,13 @@ def test_the_same_layout_only_rewrites(tmp_path):
 
 def test_tokenizer_files_travel(tmp_path):
     source(tmp_path / "a")
+    (tmp_path / "a" / "tokenizer.json").write_text("{}")
     for name in ("vocab.json", "merges.txt", "special_tokens_map.json", "tokenizer.model"):
         (tmp_path / "a" / name).write_bytes(name.encode() + b"\0")
     (tmp_path / "a" / "modeling_internvl_chat.py").write_text("raise SystemExit")
     report = convert(tmp_path / "a", tmp_path / "b", "hf")
     for name in (
+        "tokenizer.json",
         "vocab.json",
         "merges.txt",
         "special_tokens_map.json",
@@ -189,6 +193,70 @@ def test_tokenizer_files_travel(tmp_path):
         == read_json(tmp_path / "a" / "tokenizer_config.json")["added_tokens_decoder"]
     )
     assert json.loads(json.dumps(report.to_dict()))["target"] == "hf"
+
+
+def slow_release(folder, kind):
+    """A release whose tokenizer is slow, with as many words as that has; the tokenizer as we read it."""
+    if kind == "internlm2":
+        internlm2(folder)
+        (folder / "special_tokens_map.json").write_text('{"bos_token": "<s>"}')
+    else:
+        write_qwen2(folder)
+    tokenizer = Tokenizer.from_file(folder)
+    rows = tokenizer.vocab_size
+    config = original_config(kind)
+    config["llm_config"]["vocab_size"] = rows
+    shapes = original_shapes(kind)
+    shapes = {name: (rows, *s[1:]) if s[0] == VOCAB else s for name, s in shapes.items()}
+    write_folder(folder, config, random_tensors(shapes))
+    return tokenizer
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "internlm2"])
+@pytest.mark.parametrize("to", ["hf", "hf-old", "language"])
+def test_transformers_opens_a_slow_tokenizer_that_was_converted(tmp_path, kind, to):
+    """InternLM2's is a SentencePiece vocabulary whose class is remote code, which is never written."""
+    from transformers import AutoTokenizer
+
+    ours = slow_release(tmp_path / "a", kind)
+    if to == "language":
+        report = convert_part(tmp_path / "a", tmp_path / "b", to)
+    else:
+        report = convert(tmp_path / "a", tmp_path / "b", to)
+    slow = {"tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json"}
+    assert {"tokenizer.json", "tokenizer_config.json"} <= set(report.files)
+    assert not slow & {path.name for path in (tmp_path / "b").iterdir()}
+    assert "auto_map" not in read_json(tmp_path / "b" / "tokenizer_config.json")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "b")
+    for text in (
+        "hello  world, don't 1999\n\n",
+        "你是书生·万象 👍",
+        "<|im_start|>user\n<img><IMG_CONTEXT></img>\n?<|im_end|>",
+    ):
+        assert theirs(text).input_ids == ours.encode(text, add_special_tokens=True)
+    if to != "language":
+        assert theirs.context_image_token_id == ours.token_to_id("<IMG_CONTEXT>")
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "internlm2"])
+def test_slow_tokenizer_files_travel_to_the_original_layout(tmp_path, kind):
+    slow_release(tmp_path / "a", kind)
+    report = convert(tmp_path / "a", tmp_path / "b", "original")
+    names = {
+        "qwen2": {"vocab.json", "merges.txt"},
+        "internlm2": {"tokenizer.model", "special_tokens_map.json"},
+    }
+    assert set(report.files) == names[kind] | {"tokenizer_config.json"}
+    for name in report.files:
+        assert (tmp_path / "b" / name).read_bytes() == (tmp_path / "a" / name).read_bytes()
+
+
+def test_a_slow_tokenizer_that_cannot_be_read_stops_the_conversion(tmp_path):
+    slow_release(tmp_path / "a", "internlm2")
+    (tmp_path / "a" / "tokenizer.model").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match=r"tokenizer.model: not a SentencePiece model"):
+        convert(tmp_path / "a", tmp_path / "b", "hf")
+    assert not (tmp_path / "b").exists()
 
 
 def test_extra_special_tokens_of_the_source_are_kept(tmp_path):
@@ -283,6 +351,9 @@ def test_image_token_from_wherever_it_is_known(tmp_path):
     for name in ("added_tokens.json", "tokenizer_config.json"):
         (tmp_path / "a" / name).unlink()
     (tmp_path / "a" / "tokenizer.json").write_text(json.dumps(listed))
+    assert added_tokens(tmp_path / "a") == {"<IMG_CONTEXT>": 11}
+    odd = {"added_tokens_decoder": {"9" * 5000: {"content": "<odd>"}}}
+    (tmp_path / "a" / "tokenizer_config.json").write_text(json.dumps(odd))
     assert added_tokens(tmp_path / "a") == {"<IMG_CONTEXT>": 11}
 
 

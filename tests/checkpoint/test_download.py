@@ -3,20 +3,20 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 from tests.cli.conftest import write_internvl
 
 from chiasm import hub as chiasm_hub
 from chiasm.checkpoint.download import check_sums, fetch
 from chiasm.errors import CheckpointError, ChiasmError
 from mock_hub import MockHub, closed_port, point_at
-
-constants = pytest.importorskip("huggingface_hub.constants")
 
 ID = "OpenGVLab/InternVL2_5-tiny"
 UNWANTED = {
@@ -225,6 +225,80 @@ def test_an_incomplete_cache_without_a_network_is_one_line(hub: MockHub, tmp_pat
     point_at(hub.url, tmp_path / "cache", monkeypatch, offline=True)
     assert ID in line(fetch, ID)
     point_at(hub.url, tmp_path / "cache", monkeypatch)
+    assert fetch(ID) == got
+
+
+def without_network(hub: MockHub, cache: Path, monkeypatch, how: str) -> None:
+    """The cache is as most versions of the library leave it: recent ones list the commit's files in it themselves."""
+    for listed in cache.glob("*/trees"):
+        shutil.rmtree(listed)
+    url = hub.url if how == "offline" else f"http://127.0.0.1:{closed_port()}"
+    point_at(url, cache, monkeypatch, offline=how == "offline")
+
+
+@pytest.mark.parametrize("how", ["offline", "down"])
+@pytest.mark.parametrize("name", ["config.json", "special_tokens_map.json", "notes.txt"])
+def test_a_small_file_that_the_cache_lacks_is_named(
+    hub: MockHub, tmp_path: Path, monkeypatch, how: str, name: str
+) -> None:
+    """What there is was noted when the hub could be asked."""
+    got = fetch(ID)
+    hub.requests.clear()
+    assert fetch(ID) == got
+    (got.folder / name).unlink()
+    without_network(hub, tmp_path / "cache", monkeypatch, how)
+    text = line(fetch, ID)
+    assert text.startswith(
+        f"{ID} at main is not complete in the cache {tmp_path / 'cache'} (it lacks {name})"
+    )
+    point_at(hub.url, tmp_path / "cache", monkeypatch)
+    assert fetch(ID) == got
+
+
+@pytest.mark.parametrize("how", ["offline", "down"])
+def test_a_cache_that_another_program_filled(
+    hub: MockHub, tmp_path: Path, monkeypatch, caplog: pytest.LogCaptureFixture, how: str
+) -> None:
+    """Nobody noted what there is: the least is demanded, and said."""
+    from huggingface_hub import snapshot_download
+
+    cache = tmp_path / "cache"
+    snapshot_download(ID, allow_patterns=["special_tokens_map.json"])
+    without_network(hub, cache, monkeypatch, how)
+    assert "is not complete in the cache" in line(fetch, ID)
+    assert "(it lacks config.json)" in line(fetch, ID)
+    point_at(hub.url, cache, monkeypatch)
+    snapshot_download(ID, allow_patterns=["config.json", "*.safetensors", "*.index.json"])
+    without_network(hub, cache, monkeypatch, how)
+    assert "(it lacks a tokenizer)" in line(fetch, ID)
+    point_at(hub.url, cache, monkeypatch)
+    snapshot_download(ID, allow_patterns=["tokenizer.json"])
+    without_network(hub, cache, monkeypatch, how)
+    assert not caplog.messages
+    got = fetch(ID)
+    assert not (got.folder / "notes.txt").exists()
+    (said,) = caplog.messages
+    assert said.startswith(f"{ID}: the hub cannot be asked whether its files in the cache are complete")
+    point_at(hub.url, cache, monkeypatch)
+    assert (fetch(ID).folder / "notes.txt").is_file()
+    without_network(hub, cache, monkeypatch, how)
+    assert fetch(ID) == got
+    assert len(caplog.messages) == 1
+
+
+def test_a_damaged_note_or_one_that_cannot_be_written_is_no_obstacle(
+    hub: MockHub, tmp_path: Path, monkeypatch
+) -> None:
+    got = fetch(ID)
+    (note,) = (tmp_path / "cache" / "chiasm").rglob("*.json")
+    assert note.stem == got.commit
+    assert "notes.txt" in json.loads(note.read_text())
+    note.write_text('{"a": ')
+    assert fetch(ID) == got
+    assert "notes.txt" in json.loads(note.read_text())
+    assert list(note.parent.iterdir()) == [note]
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("CHIASM_CACHE", str(tmp_path / "file"))
     assert fetch(ID) == got
 
 

@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 from tests.cli.conftest import Run, read_lines
 
-from chiasm.cli.demo import Answered, is_right, read_picture, read_questions, summary
+from chiasm.cli.demo import Answered, answer_clip, is_right, read_picture, read_questions, summary
 from chiasm.cli.sheet import contact_sheet, score_rows
+from chiasm.errors import DataError
 from chiasm.worlds.counting import pairs_of
 from chiasm.worlds.words import word_split
 
@@ -176,6 +177,14 @@ def test_examples_run(
     monkeypatch.setattr(sys, "argv", [str(script), str(tiny)])
     runpy.run_path(str(script), run_name="__main__")
     assert len(capsys.readouterr().out.splitlines()) >= 3
+
+
+def test_a_list_without_clothes_is_one_line() -> None:
+    others = [question for question in read_questions() if question.family != "fashion"]
+    with pytest.raises(
+        DataError, match=r"^the demo's list has no picture of clothes .*: install chiasm again$"
+    ):
+        answer_clip(None, others)  # type: ignore[arg-type]  # not asked
 
 
 def test_the_clip_is_a_zoom_into_a_picture_of_the_list() -> None:

@@ -14,8 +14,6 @@ from tests.cli.conftest import Run
 from chiasm.cli import doctor
 from mock_hub import MockHub, closed_port, point_at
 
-pytest.importorskip("huggingface_hub")
-
 ID = "OpenGVLab/InternVL2_5-tiny"
 
 
@@ -83,6 +81,34 @@ def test_weights_that_are_not_numbers_are_not_verified(hub: MockHub, tiny: Path,
     ran = run("doctor", "--verify", ID, "--device", "cpu", "--json")
     assert ran.code == 1
     assert "its logits are not finite" in json.loads(ran.out)["error"]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_without_a_checksum_of_every_weight_file_it_is_not_verified(
+    hub: MockHub, tiny: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
+    """Weights in git itself have no SHA-256 on the hub, and a cache without links does not keep it."""
+    names = [path.name for path in tiny.glob("*.safetensors")]
+    if links:
+        monkeypatch.setattr("mock_hub._lfs", lambda name: name.endswith(".safetensors") and name != names[0])
+    else:
+        monkeypatch.setattr("huggingface_hub.file_download.are_symlinks_supported", lambda _=None: False)
+    ran = run("doctor", "--verify", ID, "--device", "cpu", "--json")
+    assert ran.code == 1
+    found = json.loads(ran.out)
+    assert found["verified"] is False
+    done = len(names) - 1 if links else 0
+    assert f"only {done} of {len(names)} weight files could be compared with a SHA-256" in found["error"]
+    assert "| unverified |" in run("doctor", "--verify", ID, "--device", "cpu").out
+
+
+def test_the_dtype_is_what_the_remedy_says(hub: MockHub, run: Run) -> None:
+    ran = run("doctor", "--verify", ID, "--device", "cpu", "--dtype", "bfloat16", "--json")
+    assert json.loads(ran.out)["dtype"] == "bfloat16"
+    hub.requests.clear()
+    assert "dtype 'float8'" in run("doctor", "--verify", ID, "--dtype", "float8").error_line
+    assert hub.requests == []
+    assert run("doctor", "--dtype", "float32").code == 2
 
 
 def test_without_a_hub_the_row_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run) -> None:

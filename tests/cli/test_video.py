@@ -16,6 +16,7 @@ import chiasm
 from chiasm.cli.chat import SamplingWord, split_words
 from chiasm.errors import UsageError
 from chiasm.media.frames import SamplingMode
+from chiasm.media.video import open_video
 from clips import animation, folder, numbered, write_clip
 
 ASK = "What happens?"
@@ -163,8 +164,8 @@ def test_a_conversation_about_a_video(
             1,
             "clip.mp4: the clip 7:9 lies outside of its 5.00 seconds; give seconds within it",
         ),
-        (["--fps", "0"], 1, "fps must be a number above 0 (frames a second), not 0.0"),
-        (["--fps", "nan"], 1, "fps must be a number above 0"),
+        (["--fps", "0"], 1, "fps must be a number from 0.000001 to 1000000 (frames a second), not 0.0"),
+        (["--fps", "nan"], 1, "fps must be a number from 0.000001"),
         (["--frames", "0"], 1, "frames must be a whole number of at least 1"),
         (["--sampling", "best"], 2, "'best' is not one of"),
         (
@@ -185,6 +186,29 @@ def test_options_that_cannot_be(
     lines = [line for line in ran.err.splitlines() if not line.startswith("note: ")]
     assert (ran.code, len(lines)) == (code, 1), ran
     assert said in lines[0]
+
+
+def test_too_many_frames_are_refused_before_any_is_decoded(
+    run: Run, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from chiasm.media import video as video_module
+
+    opened = []
+
+    def spy(source: object, **options: object) -> video_module.Video:
+        opened.append(open_video(source, **options))
+        return opened[-1]
+
+    monkeypatch.setattr(video_module, "open_video", spy)
+    long = write_clip(tmp_path / "long.mp4", 60)
+    line = run("chat", long, ASK, "--model", tiny, "--frames", 100_000).error_line
+    assert "but the limit is 512: 60 of them are 60 video frames, so use fewer frames" in line
+    assert [video.decoded for video in opened] == [0]
+    # What is to be shown besides counts too.
+    half = ("--model", tiny, "--frames", 30, *SHORT)
+    lines = [f"/video {long}", f"/video {long}", "/quit"]
+    assert "but the limit is 512: 60 of them are 60 video frames" in talk(run, monkeypatch, lines, *half).err
+    assert [video.decoded > 0 for video in opened] == [False, True, False]
 
 
 def test_sampling_without_a_video(run: Run, picture: Path) -> None:

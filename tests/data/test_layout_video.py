@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from tokenizers import Tokenizer as Backend
 
-from chiasm.data import layout as layout_module
-from chiasm.data.layout import LayoutSpec, count_tokens, layout, prompt_text
+from chiasm.data.layout import LayoutSpec, check_length, count_tokens, layout, prompt_text
 from chiasm.data.message import from_row
 from chiasm.data.sequence import IMAGE, TEXT, VIDEO, Sequence
 from chiasm.errors import ConfigError, ContextOverflowError, DataError, ImageError
 from chiasm.media.frames import FrameSampling
+from chiasm.media.image import open_image
 from chiasm.media.tiles import TilePolicy
 from chiasm.media.video import open_video, read_frames
 from clips import folder, number, numbered, write_clip
@@ -143,6 +144,14 @@ def test_lists_of_pictures_are_taken_whole_unless_told() -> None:
     assert len(layout(ask(video(pictures)), make()).spans) == 11
     assert len(layout(ask(video(pictures, frames=3)), make()).spans) == 3
     assert len(layout(ask(video(read_frames(pictures))), make()).spans) == 11
+    timed = layout(ask(video(pictures, folder_fps=2)), make()).media["video"]
+    assert timed.times_N.tolist() == [n / 2 for n in range(11)]
+
+
+def test_a_folder_of_any_name_is_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder(Path("list of pictures"), [f"{n}.png" for n in range(11)])
+    assert len(layout(ask(video("list of pictures")), make()).spans) == 8
 
 
 def test_sampling_of_the_part_the_layout_or_the_default(clip: Path) -> None:
@@ -155,6 +164,10 @@ def test_sampling_of_the_part_the_layout_or_the_default(clip: Path) -> None:
     assert frames(own, fps=1) == 2
     assert frames(own, mode="middle", frames=5) == 5
     assert frames(make(), fps=1) == 5
+    assert frames(make(), fps=None) == 8
+    for mode in ("middle", "rand"):
+        with pytest.raises(ConfigError, match=rf"fps does not go with sampling mode {mode}: leave one"):
+            frames(own, mode=mode, fps=2)
     with pytest.raises(ConfigError, match="frames must be a whole number"):
         frames(make(), frames="8")
 
@@ -175,7 +188,7 @@ def test_rows_of_a_data_set_with_a_clip(clip: Path) -> None:
 
 
 def test_too_many_frames_are_refused_before_any_is_decoded(
-    clip: Path, monkeypatch: pytest.MonkeyPatch
+    clip: Path,
 ) -> None:
     said = ask(video(clip, frames=20), image(), "What?")
     exact = count_tokens(said, make())
@@ -190,9 +203,50 @@ def test_too_many_frames_are_refused_before_any_is_decoded(
     with pytest.raises(ContextOverflowError, match=match):
         layout(said, make(max_length=exact - 1), video_opener=spy)
     assert [v.decoded for v in opened] == [0]
-    monkeypatch.setattr(layout_module, "open_video", spy)
-    count_tokens(said, make())
-    assert [v.decoded for v in opened] == [0, 0]
+    count_tokens(said, make(), video_opener=spy)
+    prompt_text(said, make(), video_opener=spy)
+    assert [v.decoded for v in opened] == [0, 0, 0]
+
+
+def test_openers_are_asked_in_counting_too(clip: Path) -> None:
+    closed = partial(open_image, allow_files=False), partial(open_video, allow_files=False)
+    options = {"opener": closed[0], "video_opener": closed[1]}
+    for said in (ask(video(str(clip))), ask({"type": "image", "image": "a.png"})):
+        for function in (layout, count_tokens, check_length):
+            with pytest.raises(ImageError, match="paths are not accepted here"):
+                function(said, make(), **options)
+    with pytest.raises(ImageError, match="paths are not accepted here"):
+        prompt_text(ask(video(str(clip))), make(), video_opener=closed[1])
+    given = ask(video(clip.read_bytes()), image(), "What?")
+    assert count_tokens(given, make(), **options) == len(layout(given, make()))
+
+
+def test_frames_are_cut_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened, decoded = [], []
+    tile = TilePolicy.tile
+
+    def spy(source: object, **options: object):
+        opened.append(open_video(source, **options))
+        return opened[-1]
+
+    def count(*given: object):
+        decoded.append(opened[-1].decoded)
+        return tile(*given)
+
+    monkeypatch.setattr(TilePolicy, "tile", count)
+    layout(ask(video([Image.fromarray(numbered(n)) for n in range(4)])), make(), video_opener=spy)
+    assert decoded == [1, 2, 3, 4]
+
+
+def test_checking_the_length_is_what_layout_does(clip: Path) -> None:
+    said = ask(video(clip, frames=20), image(), "What?")
+    exact = count_tokens(said, make())
+    check_length(said, make(max_length=exact))
+    for function in (check_length, layout):
+        with pytest.raises(ContextOverflowError, match=r"60 of them are 20 video frames, and 7 image tiles"):
+            function(said, make(max_length=exact - 1))
+    with pytest.raises(ContextOverflowError, match=r"600 of them are 200 video frames"):
+        check_length(said, make(max_length=exact), frames=[200])
 
 
 def test_counting_by_given_numbers_touches_no_file(clip: Path) -> None:
@@ -216,7 +270,7 @@ samplings = st.fixed_dictionaries(
         "fps": st.floats(0.1, 5),
         "seed": st.integers(0, 9),
     },
-)
+).filter(lambda said: "fps" not in said or said.get("mode", "fps") == "fps")
 
 
 @given(parts=st.lists(st.one_of(samplings, st.just(None), st.just("text")), min_size=1, max_size=4))

@@ -1,6 +1,7 @@
 """Messages: every accepted spelling, every refusal with its place, rows that survive a round trip."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,10 @@ def test_accepted_spellings():
         ({"type": "image_url", "image_url": {"url": "a.png", "detail": "low"}}, image("a.png")),
         ({"type": "video", "video": "a.mp4"}, Part("video", "a.mp4")),
         ({"type": "video_url", "video_url": {"url": "a.mp4"}}, Part("video", "a.mp4")),
+        (
+            {"type": "video_url", "video_url": {"url": "a.mp4", "fps": 2, "detail": "low"}, "clip": [1, 2]},
+            Part("video", "a.mp4", {"fps": 2, "clip": [1, 2]}),
+        ),
         ({"type": "points", "points": [1, 2]}, Part("points", [1, 2])),
         ({"type": "box", "box": [1, 2, 3, 4]}, Part("box", [1, 2, 3, 4])),
         ({"type": "codes", "codes": [7]}, Part("codes", [7])),
@@ -240,10 +245,21 @@ def test_rows_without_tags_follow_the_official_rule():
     assert spelled(from_row(system).turns[1]) == "[a]\nQ"
     film = from_row(row("What happens?", "Rain.", video="v.mp4", clip=[1, 2]))
     assert spelled(film.turns[0]) == "[v.mp4]\nWhat happens?"
-    assert film.extra == {"clip": [1, 2]}
+    assert film.extra == {}
     assert film.turns[0].parts[0] == Part("video", "v.mp4", {"clip": [1, 2]})
     assert from_row(row("Q", "A", video="v.mp4", clip=None)).turns[0].parts[0] == Part("video", "v.mp4")
     assert film.resolved("/data")[0].parts[0] == Part("video", "/data/v.mp4", {"clip": [1, 2]})
+
+
+def test_a_clip_that_is_taken_away_stays_away():
+    given = row("What happens?", "Rain.", video="v.mp4", clip=[1, 2])
+    film = from_row(given)
+    assert to_row(film) == given
+    first, *rest = film.turns
+    whole = replace(first, parts=(Part("video", "v.mp4"), *first.parts[1:]))
+    assert "clip" not in to_row(replace(film, turns=(whole, *rest)))
+    pictured = row("<image>Q", "A", image="a.png", clip=[1, 2])
+    assert to_row(from_row(pictured)) == pictured
 
 
 def test_the_sampling_of_a_video():
@@ -332,6 +348,7 @@ def rows(draw):
         made["image"] = draw(st.one_of(paths, st.lists(paths, min_size=1, max_size=3)))
     elif kind == "video":
         made["video"] = draw(paths)
+        made |= draw(st.sampled_from([{}, {"clip": None}, {"clip": [1, 2.5]}]))
     else:
         made |= draw(st.sampled_from([{}, {"image": ""}, {"image": []}, {"image": None}]))
     return made

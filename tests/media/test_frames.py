@@ -13,6 +13,7 @@ from chiasm.errors import ConfigError, ImageError
 from chiasm.media.frames import (
     Frames,
     FrameSampling,
+    _nearest,
     choose_frames,
     fps_indices,
     middle_indices,
@@ -86,11 +87,14 @@ def test_golden_indices(total, n, formula, golden):
 rising = st.lists(st.floats(0.001, 5), min_size=0, max_size=60).map(
     lambda gaps: [0.0, *np.cumsum(gaps).tolist()]
 )
+modes = st.one_of(
+    st.tuples(st.sampled_from(["middle", "rand", "fps"]), st.none()),
+    st.tuples(st.just("fps"), st.floats(0.05, 50)),
+)
 samplings = st.builds(
-    FrameSampling,
-    mode=st.sampled_from(["middle", "rand", "fps"]),
+    lambda mode, **options: FrameSampling(mode=mode[0], fps=mode[1], **options),
+    mode=modes,
     frames=st.integers(1, 40),
-    fps=st.floats(0.05, 50),
     min_frames=st.integers(1, 5),
     max_frames=st.integers(5, 40),
     seed=st.integers(0, 99),
@@ -154,7 +158,7 @@ def test_frames_a_second_follow_the_time_stamps():
     # One frame a second for ten seconds, then ten a second for one.
     times = [*range(10), *(10 + n / 10 for n in range(10))]
     taken = choose_frames(times, 11.0, FrameSampling(mode="fps", fps=1))
-    assert [times[n] for n in taken] == [0, 2, 2, 4, 4, 6, 6, 8, 8, 10, 10.5]  # halves go to the even index
+    assert [times[n] for n in taken] == [0, 2, 4, 6, 8, 10, 10.5]  # halves go to the even index
     even = [times[n] for n in choose_frames(times, 11.0, FrameSampling(frames=5))]
     assert max(np.diff(even)) < 3.1  # by index alone, half of them would lie in the last second
     assert sum(t >= 10 for t in even) <= 1
@@ -166,6 +170,49 @@ def test_too_many_a_second_are_spread_not_cut():
     assert taken == middle_indices(1000, 8)
     few = choose_frames(steady(20, 10), 2.0, FrameSampling(mode="fps", fps=0.1, min_frames=4))
     assert few == middle_indices(20, 4)
+
+
+def once_each(times, fps, start, end):
+    """`fps_indices` moment by moment, as it is defined."""
+    stretched = [*times, max(end, times[-1])]
+    gap = (stretched[-1] - stretched[0]) / (len(stretched) - 1)
+    count = math.ceil((end - start) * fps) + 1
+    found = [_nearest(stretched, start + (0.5 + k) / fps, gap) for k in range(count)]
+    return sorted({index for index in found if index < len(times)})
+
+
+@given(times=rising, rest=st.floats(0, 5), fps=st.floats(0.05, 200), most=st.integers(1, 70))
+def test_frames_a_second_without_enumerating_is_the_same(times, rest, fps, most):
+    expected = once_each(times, fps, 0.0, times[-1] + rest)
+    assert fps_indices(times, fps, 0.0, times[-1] + rest) == expected
+    assert fps_indices(times, fps, 0.0, times[-1] + rest, most=most) == expected[:most]
+
+
+def test_a_high_rate_costs_no_more_than_the_frames(monkeypatch):
+    from chiasm.media import frames
+
+    looked = []
+    monkeypatch.setattr(frames, "_nearest", lambda *given: looked.append(0) or _nearest(*given))
+    times = steady(1000, 10)
+    taken = choose_frames(times, 100.0, FrameSampling(mode="fps", fps=1e6))
+    assert taken == middle_indices(1000, 64)
+    assert len(looked) < 300
+    slow = FrameSampling(mode="fps", fps=1e6, folder_fps=1e-6)
+    assert choose_frames([n * 1e6 for n in range(9)], 9e6, slow) == list(range(9))
+
+
+def test_no_frame_a_second_comes_twice():
+    assert choose_frames([0.0, 10.0, 20.0], 30.0, FrameSampling(mode="fps", fps=1)) == [0, 1, 2]
+    assert choose_frames(steady(4, 1), 4.0, FrameSampling(mode="fps", fps=0.1, min_frames=4)) == [0, 1, 2, 3]
+    burst = [0.0, *(10 + n / 100 for n in range(99))]
+    few = choose_frames(burst, 11.0, FrameSampling(mode="fps", fps=0.01, min_frames=50))
+    assert len(few) == len(set(few)) < 50
+
+
+@pytest.mark.parametrize("mode", ["middle", "rand", "fps"])
+def test_fewer_frames_than_asked_come_once_each_whatever_their_times(mode):
+    sampling = FrameSampling(mode=mode, frames=9, fps=0.01 if mode == "fps" else None, min_frames=9)
+    assert choose_frames([0.0, 0.1, 0.2, 10.0], 11.0, sampling) == [0, 1, 2, 3]
 
 
 def test_rand_takes_every_frame_of_an_interval_in_time():
@@ -183,6 +230,16 @@ def test_rand_takes_every_frame_of_an_interval_in_time():
         for s in range(40)
     }
     assert counts == {4, 5, 6}
+
+
+def test_rand_differs_between_videos_and_not_between_runs():
+    times, sampling = steady(500, 10), FrameSampling(mode="rand", seed=3)
+    taken = [choose_frames(times, 50.0, sampling, name=name) for name in ("a.mp4", "b.mp4", "c.mp4", "a.mp4")]
+    assert taken[0] == taken[3] == [8, 104, 156, 239, 250, 321, 379, 439]
+    assert len(set(map(tuple, taken))) == 3
+    drawn = FrameSampling(mode="rand", frames=None)
+    counts = [len(choose_frames(times, 50.0, drawn, name=f"{n}.mp4")) for n in range(9)]
+    assert len(set(counts)) > 1
 
 
 def test_clips():
@@ -206,11 +263,16 @@ def test_clips():
         ({"frames": 0}, "frames must be a whole number of at least 1"),
         ({"frames": True}, "frames must be"),
         ({"frames": None}, "mode middle needs a number of frames"),
-        ({"fps": 0}, "fps must be a number above 0"),
+        ({"fps": 0}, "fps must be a number from 0.000001 to 1000000"),
         ({"fps": -1.0}, "fps must be"),
         ({"fps": math.nan}, "fps must be"),
         ({"fps": math.inf}, "fps must be"),
+        ({"fps": 1e308}, "fps must be"),
+        ({"mode": "middle", "fps": 2}, "fps does not go with sampling mode middle: leave one of them out"),
+        ({"fps": 10**400}, "fps must be"),
         ({"folder_fps": "2"}, "folder_fps must be"),
+        ({"folder_fps": 1e-300}, "folder_fps must be"),
+        ({"clip": (0, 10**400)}, "a clip is"),
         ({"min_frames": 9, "max_frames": 8}, "min_frames 9 is above max_frames 8"),
         ({"clip": (2, 1)}, "a clip must start at 0 or later and end after"),
         ({"clip": (-1, 1)}, "a clip must start"),

@@ -6,12 +6,13 @@ The real sentencepiece package is not among the test dependencies; `spm_models` 
 import contextlib
 import json
 import random
+import struct
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Regex, models, pre_tokenizers, trainers
+from tokenizers import Regex, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
 import smollm2_strings
@@ -156,6 +157,24 @@ def test_added_tokens_keep_ids_with_gaps_between_them(tmp_path: Path) -> None:
             ),
             "added token 'x' is malformed",
         ),
+        (
+            lambda f: (f / "tokenizer_config.json").write_text(
+                json.dumps(
+                    {"tokenizer_class": "Qwen2Tokenizer", "added_tokens_decoder": {"9" * 5000: added("<x>")}}
+                )
+            ),
+            "added token '9{40}' is malformed",
+        ),
+        (
+            lambda f: (f / "tokenizer_config.json").write_text(
+                json.dumps(
+                    {"tokenizer_class": "Qwen2Tokenizer", "added_tokens_decoder": {"9" * 10: added("<x>")}}
+                )
+            ),
+            "added token '9{10}' is malformed",
+        ),
+        (lambda f: (f / "vocab.json").write_text(json.dumps({"a": 1 << 32})), "is no table of ids"),
+        (lambda f: (f / "added_tokens.json").write_text(json.dumps({"<x>": 1 << 32})), "the id of '<x>' is"),
         (lambda f: (f / "added_tokens.json").write_text('{"<x>": "7"}'), "the id of '<x>' is '7'"),
         (
             lambda f: (f / "added_tokens.json").write_text(json.dumps({"<x>": size_of(f) + 1})),
@@ -169,6 +188,14 @@ def test_damaged_vocabularies_are_one_line(break_it, said: str, tmp_path: Path) 
     with pytest.raises(CheckpointError, match=said) as caught:
         Tokenizer.from_file(folder)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["other.json", "tokenizer.json", "none/", "tokenizer.model"])
+def test_a_missing_file_is_not_replaced_by_others_of_its_folder(name: str, tmp_path: Path) -> None:
+    write_qwen2(tmp_path)
+    with pytest.raises(CheckpointError, match="no such file or folder: give a folder") as caught:
+        Tokenizer.from_file(tmp_path / name)
+    assert str(caught.value).startswith(str(tmp_path / name))
 
 
 # --- SentencePiece ---------------------------------------------------------------------------------------------------
@@ -382,6 +409,7 @@ def test_pieces_that_cannot_be_made_are_counted(caplog: pytest.LogCaptureFixture
         (model_bytes([("a", 0.0, NORMAL)]), "one unknown piece, this one has 0"),
         (model_bytes([*trained_pieces(), ("a", 0.0, NORMAL), ("a", 0.0, NORMAL)]), "a piece twice"),
         (model_bytes([("<unk>", 0.0, 9)]), "not a SentencePiece model"),
+        (b"\x0a\x0b\x10" + b"\xff" * 9 + b"\x7f", "a number of more than 64 bits"),
         (model_bytes(list(trained_pieces()), kind=3), "type word is not supported"),
         (model_bytes(list(trained_pieces()), suffix=True), "white space as a suffix"),
         (model_bytes([("<unk>", 0.0, 2), ("a", -1.0, 1)]), "lacks byte pieces"),
@@ -394,6 +422,81 @@ def test_unusable_models_are_one_line(data: bytes, said: str, tmp_path: Path) ->
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
     with pytest.raises(CheckpointError, match=said) as caught:
         Tokenizer.from_file(folder)
+    assert "\n" not in str(caught.value)
+
+
+def charsmap(units: dict[int, int], words: bytes = b"", *, size: int = 512) -> bytes:
+    """A compiled character map: a double array with these units, and the replacements."""
+    table = [
+        units.get(n, n & 0xFF) for n in range(size)
+    ]  # units that are not in use, as darts-clone leaves them
+    return struct.pack(f"<I{size}I", 4 * size, *table) + words
+
+
+# "q" -> what stands at the offset: the root's state is 256, that of "q" 256 ^ 0x71, and its value is where that leads.
+def one_letter(offset: int, words: bytes, *, leap: int = 1) -> bytes:
+    at = 256 ^ ord("q")
+    return charsmap({0: 256 << 10, at: leap << 10 | 0x100 | ord("q"), at ^ leap: 1 << 31 | offset}, words)
+
+
+def with_map(data: bytes) -> bytes:
+    return model_bytes(list(trained_pieces())) + spm_models.message([(3, spm_models.message([(2, data)]))])
+
+
+def test_a_character_map_is_followed() -> None:
+    # What follows in the file adds to what was said before it, so white space is collapsed and "_" put in front.
+    backend = backend_from_model(parse_model(with_map(one_letter(3, "xy\0ab\0é\0".encode()))))
+    assert backend.normalizer is not None
+    assert backend.normalizer.normalize_str("a q") == "▁a▁ab"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        bytes.fromhex("040000000000000061626300"),  # one unit: nothing can follow
+        b"\0",
+        bytes(4),
+        charsmap({}, size=512)[:-1],
+        charsmap({}, size=300),  # a block that is cut
+        charsmap({0: 512 << 10}),  # the root leads outside
+        charsmap({0: 256 << 10, 256 ^ ord("q"): 1 << 20 | ord("q")}),  # a letter does
+        one_letter(9, b"ab\0"),  # the replacement lies outside
+        one_letter(1, "é\0".encode()),  # within a character
+    ],
+)
+def test_a_damaged_character_map_is_one_line(data: bytes, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(with_map(data))
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    with pytest.raises(CheckpointError, match="character map is damaged: download it again"):
+        Tokenizer.from_file(tmp_path)
+
+
+@given(st.data())
+def test_any_character_map_is_refused_or_never_fails(data: st.DataObject) -> None:
+    """One unit of a good map is replaced, and the replacements are cut."""
+    good = bytearray(one_letter(0, "é\0".encode()))
+    at = data.draw(st.sampled_from([0, 256 ^ ord("q"), 256 ^ ord("q") ^ 1]))
+    letter = data.draw(st.sampled_from([0, ord("q"), 0x100 | ord("q")]))
+    unit = data.draw(st.integers(0, 1 << 22)) << 10 & 0x7FFF_FC00 | letter
+    struct.pack_into("<I", good, 4 + 4 * at, unit)
+    try:
+        backend = backend_from_model(
+            parse_model(with_map(bytes(good[: len(good) - data.draw(st.integers(0, 3))])))
+        )
+    except CheckpointError:
+        return
+    for byte in range(256):
+        backend.encode(f"q{chr(byte)}")
+
+
+def test_a_panic_of_the_library_is_one_line(tmp_path: Path) -> None:
+    """A tokenizer.json, whose character map nobody has looked at."""
+    backend = Backend(models.BPE())
+    backend.normalizer = normalizers.Precompiled(bytes.fromhex("040000000000000061626300"))
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(tmp_path)
+    with pytest.raises(CheckpointError, match=r"damaged.* \(index out of bounds.*\): download") as caught:
+        tokenizer.encode("abc")
     assert "\n" not in str(caught.value)
 
 

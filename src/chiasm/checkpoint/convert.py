@@ -32,6 +32,7 @@ from chiasm.checkpoint.preprocess import IMAGE_PROCESSOR, PROCESSOR, preprocesso
 from chiasm.checkpoint.store import CheckpointReader, read_json, write_checkpoint
 from chiasm.errors import CheckpointError, ConfigError, UsageError
 from chiasm.text.templates import TEMPLATES, get_template
+from chiasm.text.tokenizer import Tokenizer
 
 __all__ = ["ConvertReport", "Target", "added_tokens", "convert", "convert_part"]
 
@@ -174,7 +175,8 @@ def convert(
             downsample_ratio=public.downsample_ratio,
         )
         config = public.to_original() if to == "original" else public.to_hf(old=to == "hf-old")
-        files = _files(opened, public, to, words)
+        tokens = words if to == "original" else _fast_folder(Path(made), words)
+        files = _files(opened, public, to, words, tokens)
         written = write_checkpoint(
             dst,
             adapter.to_public(draft.tensors),
@@ -199,18 +201,20 @@ def convert(
 def convert_part(src: str | Path, dst: str | Path, part: Part, *, force: bool = False) -> ConvertReport:
     """Write the encoder, the projector or the language model of ``src`` to ``dst`` (see `edit.extract`).
 
-    The tokenizer goes with the language model, and the image processor with the encoder.
+    The tokenizer goes with the language model, as transformers reads it, and the image processor with the encoder.
 
     Raises:
         UsageError, CheckpointError, ConfigError: as of `edit.extract`.
     """
     src = Path(src)
-    names = {
-        "vision": (IMAGE_PROCESSOR,),
-        "language": (*_TOKENIZER_FILES, GENERATION),
-    }.get(part, ())
-    files = {name: src / name for name in names if (src / name).is_file()}
-    written = extract(src, dst, part, files=files, force=force)
+    with tempfile.TemporaryDirectory() as made:
+        found: dict[str, Path] = {}
+        if part == "vision":
+            found = {IMAGE_PROCESSOR: src}
+        elif part == "language":
+            found = {**dict.fromkeys(_TOKENIZER_FILES, _fast_folder(Path(made), src)), GENERATION: src}
+        files = {name: folder / name for name, folder in found.items() if (folder / name).is_file()}
+        written = extract(src, dst, part, files=files, force=force)
     with open_checkpoint(src).reader as reader:
         layout, notes = detect_layout(reader.config, reader), _merged(reader)
     return ConvertReport(
@@ -278,13 +282,25 @@ def _words_folder(made: Path, draft: Draft, language: Path) -> Path:
     return made
 
 
+def _fast_folder(made: Path, words: Path) -> Path:
+    """Where the tokenizer's files are; a slow tokenizer is written to ``made``, for its class may be remote code."""
+    slow = any((words / name).is_file() for name in ("vocab.json", "tokenizer.model"))
+    if (words / "tokenizer.json").is_file() or not slow:
+        return words
+    Tokenizer.from_file(words).save(made)
+    return made
+
+
 def _files(
-    opened: OpenedCheckpoint, public: InternVLPublicConfig, to: Target, words: Path
+    opened: OpenedCheckpoint, public: InternVLPublicConfig, to: Target, words: Path, tokens: Path
 ) -> dict[str, str | bytes | Path]:
-    """Everything beside weights and config.json; what belongs to the tokenizer comes from the folder ``words``."""
+    """Everything beside weights and config.json.
+
+    What belongs to the words comes from the folder ``words``, the tokenizer's own files from ``tokens``.
+    """
     folder, source = opened.reader.folder, _source_layout(opened)
     files: dict[str, str | bytes | Path] = {
-        name: words / name for name in _TOKENIZER_FILES if (words / name).is_file()
+        name: tokens / name for name in _TOKENIZER_FILES if (tokens / name).is_file()
     }
     same_family = (source == "original") == (to == "original")
     own_words = words.resolve() == folder.resolve()
@@ -298,7 +314,7 @@ def _files(
         files |= {name: _text(content) for name, content in made.items()}
     if to != "original" and not (same_family and own_words):
         if TOKENIZER_CONFIG in files:
-            files[TOKENIZER_CONFIG] = _text(_with_named_tokens(read_json(words / TOKENIZER_CONFIG)))
+            files[TOKENIZER_CONFIG] = _text(_with_named_tokens(read_json(tokens / TOKENIZER_CONFIG)))
         if _is_chatml(public):
             files[CHAT_TEMPLATE] = _HF_CHAT_TEMPLATE
     generation = _generation(words, public, to)
@@ -364,7 +380,8 @@ def added_tokens(folder: str | Path) -> dict[str, int]:
     if path.is_file():
         table = read_json(path).get("added_tokens_decoder")
         for index, token in (table if isinstance(table, dict) else {}).items():
-            if isinstance(token, dict) and isinstance(token.get("content"), str) and index.isdecimal():
+            known = isinstance(token, dict) and isinstance(token.get("content"), str)
+            if known and index.isdecimal() and len(index) <= 10:  # int() refuses thousands of digits
                 found[token["content"]] = int(index)
     path = folder / "tokenizer.json"
     if path.is_file():

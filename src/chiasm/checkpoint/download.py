@@ -5,23 +5,29 @@ connection is taken up where it broke, complete files are never fetched again, a
 `HF_HUB_OFFLINE` and `HF_TOKEN` mean what they mean there. What is asked for is decided here: first the small files of
 the repository's top folder (`*.json`, `*.txt`, `tokenizer.model`), then the safetensors that the index names. Python
 files and pickles are never fetched; a repository that has only those is refused.
+
+Without a network the library takes whatever is in the cache, also what another program has fetched in part. So the
+names of a commit's small files are noted in Chiasm's own cache when the hub is asked, and compared ever after.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fnmatch
 import hashlib
 import json
 import logging
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from chiasm.checkpoint.cache import cache_dir
 from chiasm.checkpoint.store import CONFIG, INDEX, MAX_HEADER_BYTES, SINGLE, read_json
 from chiasm.errors import CheckpointError, ChiasmError, MissingExtraError
 
@@ -30,6 +36,8 @@ __all__ = ["SMALL", "Fetched", "check_sums", "fetch"]
 SMALL = ("*.json", "*.txt", "tokenizer.model")
 """What is fetched beside the weights; only from the top folder."""
 
+_log = logging.getLogger("chiasm.checkpoint")
+_TOKENIZERS = ("tokenizer.json", "vocab.json", "tokenizer.model")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
 _ATTEMPTS = 4
 _BREAKS = frozenset(
@@ -81,8 +89,7 @@ def fetch(repo: str, revision: str | None = None, *, stream: TextIO | None = Non
     del huggingface_hub
     asked = revision or "main"
     folder = _snapshot(repo, asked, SMALL, None)
-    if not (folder / CONFIG).is_file():
-        raise CheckpointError(f"{repo} has no {CONFIG}: it is not a model in a layout of transformers")
+    _check_small(folder, repo, asked)
     weights = _weights(folder, repo)
     with _drawn(repo, stream or sys.stderr) as bar:
         folder = _snapshot(repo, folder.name, weights, bar, asked=asked)
@@ -92,6 +99,53 @@ def fetch(repo: str, revision: str | None = None, *, stream: TextIO | None = Non
     for name in weights:
         _check_size(folder / name, repo)
     return Fetched(repo=repo, commit=folder.name, folder=folder, weights=weights)
+
+
+def _check_small(folder: Path, repo: str, asked: str) -> None:
+    """CheckpointError unless the small files are all there, or, where nobody knows which there are, the needed ones."""
+    from huggingface_hub import constants
+
+    names = _small_names(repo, folder.name)
+    if names is not None and CONFIG not in names:
+        raise CheckpointError(f"{repo} has no {CONFIG}: it is not a model in a layout of transformers")
+    missing = [name for name in names or (CONFIG,) if not (folder / name).is_file()]
+    if names is None and not missing and read_json(folder / CONFIG).get("model_type") != "chiasm-mini":
+        missing = [] if any((folder / name).is_file() for name in _TOKENIZERS) else ["a tokenizer"]
+    if missing:
+        raise CheckpointError(
+            f"{repo} at {asked} is not complete in the cache {constants.HF_HUB_CACHE} (it lacks {missing[0]}): run it "
+            "once with a network"
+        )
+    if names is None:
+        _log.warning(
+            "%s: the hub cannot be asked whether its files in the cache are complete; run it once with a network",
+            repo,
+        )
+
+
+def _small_names(repo: str, commit: str) -> list[str] | None:
+    """Names of a commit's small files, as noted earlier or else by the hub; None where neither says."""
+    from huggingface_hub import HfApi, constants
+
+    note = cache_dir() / "hub" / repo.replace("/", "--") / f"{commit}.json"
+    with contextlib.suppress(OSError, ValueError):
+        noted = json.loads(note.read_text(encoding="utf-8"))
+        if isinstance(noted, list) and all(isinstance(name, str) for name in noted):
+            return noted
+    if constants.HF_HUB_OFFLINE:
+        return None
+    try:
+        with _quiet():
+            files = [file.rfilename for file in HfApi().model_info(repo, revision=commit).siblings or ()]
+    except Exception:  # not reachable, which was no obstacle so far
+        return None
+    small = [name for name in files if "/" not in name and any(fnmatch.fnmatchcase(name, p) for p in SMALL)]
+    with contextlib.suppress(OSError):  # without a note, it is asked again
+        note.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=note.parent, encoding="utf-8", delete=False) as out:
+            json.dump(sorted(small), out)
+        os.replace(out.name, note)
+    return small
 
 
 def _weights(folder: Path, repo: str) -> tuple[str, ...]:

@@ -23,6 +23,7 @@ from chiasm.cli.demo import demo_command
 from chiasm.cli.doctor import doctor_command
 from chiasm.cli.evaluate import eval_command
 from chiasm.cli.listing import list_command
+from chiasm.cli.plan import plan_command
 from chiasm.cli.show import show_command
 from chiasm.cli.terminal import fail, notes_to_stderr
 from chiasm.cli.train import train_command
@@ -59,6 +60,7 @@ app.command("demo")(demo_command)
 app.command("doctor")(doctor_command)
 app.command("list")(list_command)
 app.command("show")(show_command)
+app.command("plan")(plan_command)
 app.command("convert")(convert_command)
 app.command("train")(train_command)
 app.command("eval")(eval_command)

@@ -188,7 +188,7 @@ def chat_command(
             max_tiles=max_tiles,
             mode=mode,
         )
-        shown = take_frames(opened, chosen, fields)
+        shown = take_frames(opened, chosen, fields, question=question or "")
     finally:
         close_videos(opened)
     flowing = not as_json and (sys.stdout.isatty() if stream is None else stream)

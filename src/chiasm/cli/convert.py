@@ -108,9 +108,9 @@ def convert_command(
         )
         return
     from chiasm.checkpoint.convert import convert, convert_part
-    from chiasm.hub import _model_type
+    from chiasm.hub import model_type
 
-    if _model_type(src) == "chiasm-mini":
+    if model_type(src) == "chiasm-mini":
         raise UsageError(
             f"{src} is a bundle of chiasm-mini (encoder, projector, adapters; no language model): it cannot be "
             f"written as {to.value}"

@@ -183,8 +183,14 @@ def make_clip(picture: bytes) -> bytes:
 
 
 def answer_clip(model: ChatModel, questions: list[Question]) -> tuple[Answered, int]:
-    """Ask about the demo's video; its answer, and how many frames the model was shown."""
-    first = next(question for question in questions if question.family == "fashion")
+    """Ask about the demo's video; its answer, and how many frames the model was shown.
+
+    Raises:
+        DataError: the list has no picture of clothes to make it of.
+    """
+    first = next((question for question in questions if question.family == "fashion"), None)
+    if first is None:
+        raise DataError("the demo's list has no picture of clothes to make a video of: install chiasm again")
     question = dataclasses.replace(first, picture=f"zoom into {first.picture}", out_of_domain=True)
     start = time.perf_counter()
     shown = {"type": "video", "video": make_clip(read_picture(first))}

@@ -55,6 +55,10 @@ def doctor_command(
         str | None,
         typer.Option(metavar="NAME", help="Where --verify runs the model: cpu, cuda, cuda:1, mps."),
     ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="--verify in float32, bfloat16, float16; default: as stored."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as one JSON object.")] = False,
 ) -> None:
     """Examine this installation, or a released checkpoint.
@@ -64,10 +68,11 @@ def doctor_command(
     if verify is not None:
         if fetch:
             raise UsageError("--verify and --fetch exclude each other")
-        _verify(verify, device, as_json)
+        _verify(verify, device, dtype, as_json)
         return
-    if device is not None:
-        raise UsageError("--device belongs to --verify")
+    for option, value in (("--device", device), ("--dtype", dtype)):
+        if value is not None:
+            raise UsageError(f"{option} belongs to --verify")
     if fetch:
         _fetch()
     with waiting("looking around"):
@@ -80,10 +85,10 @@ def doctor_command(
         raise CheckpointError("; ".join(found["problems"]))
 
 
-def _verify(name: str, device: str | None, as_json: bool) -> None:
+def _verify(name: str, device: str | None, dtype: str | None, as_json: bool) -> None:
     from chiasm.cli.verify import row, verify
 
-    found = verify(name, device=device)
+    found = verify(name, device=device, dtype=dtype)
     print(json.dumps(found, ensure_ascii=False) if as_json else row(found), flush=True)
     if not found["verified"]:
         raise CheckpointError(found["error"])

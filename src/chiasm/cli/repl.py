@@ -87,7 +87,7 @@ def _obey(
             opened += open_media(
                 _file_names(rest), orient=model.spec.tiles.orient, animations=command == "/video"
             )
-            shown += take_frames(opened, model, sampling)
+            shown += take_frames(opened, model, sampling, before=shown)
         except ChiasmError as error:
             fail(str(error))
             return

@@ -130,9 +130,9 @@ def _bundle(folder: Path) -> dict[str, Any]:
 def _folder(folder: Path) -> dict[str, Any]:
     """Layout, sizes and settings of a checkpoint folder."""
     from chiasm.checkpoint.adapters import open_checkpoint
-    from chiasm.hub import _model_type
+    from chiasm.hub import model_type
 
-    if folder.is_dir() and _model_type(folder) == "chiasm-mini":
+    if folder.is_dir() and model_type(folder) == "chiasm-mini":
         return {"name": folder.name, **_bundle(folder)}
     opened = open_checkpoint(folder)
     with opened.reader as reader:

@@ -6,6 +6,7 @@ the model (its template names the formula), so videos stay open until it is ther
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from chiasm.cli.terminal import note
@@ -93,19 +94,47 @@ def close_videos(opened: list[Any]) -> None:
 
 
 def take_frames(
-    opened: list[Image | Video], model: ChatModel, fields: dict[str, Any]
+    opened: list[Image | Video],
+    model: ChatModel,
+    fields: dict[str, Any],
+    *,
+    question: str = "",
+    before: Sequence[Image | Frames] = (),
 ) -> list[Image | Frames]:
-    """Pictures as they are, videos as the frames that the options and the model's own rules take."""
+    """Pictures as they are, videos as the frames that the options and the model's own rules take.
+
+    Args:
+        opened: what `open_media` has opened.
+        model: whose rules they are.
+        fields: of a frame sampling, as given.
+        question: what will be asked, as far as it is known.
+        before: what will be shown with it besides.
+
+    Raises:
+        ContextOverflowError: more frames than the model's context holds; none has been decoded then.
+        ImageError: a frame cannot be decoded.
+    """
+    from chiasm.data.layout import check_length
     from chiasm.data.message import Part
+    from chiasm.media.frames import Frames
     from chiasm.media.video import Video
 
+    plans = {
+        n: medium.plan(model.spec.frame_sampling(Part("video", medium.name, fields)))
+        for n, medium in enumerate(opened)
+        if isinstance(medium, Video)
+    }
+    if plans:
+        counts = [len(frames) for frames in before if isinstance(frames, Frames)]
+        counts += map(len, plans.values())
+        check_length(message(question, [*before, *opened]), model.spec, frames=counts)
     taken: list[Image | Frames] = []
-    for medium in opened:
+    for n, medium in enumerate(opened):
         if not isinstance(medium, Video):
             taken.append(medium)
             continue
         with medium:
-            frames = medium.read(medium.plan(model.spec.frame_sampling(Part("video", medium.name, fields))))
+            frames = medium.read(plans[n])
         note(
             f"{frames.name}: {len(frames)} of {frames.total} frames, "
             f"{frames.times[0]:.2f} to {frames.times[-1]:.2f} of {frames.duration:.2f} seconds"
@@ -114,12 +143,12 @@ def take_frames(
     return taken
 
 
-def message(question: str, shown: list[Image | Frames]) -> dict[str, Any]:
+def message(question: str, shown: Sequence[Image | Frames | Video]) -> dict[str, Any]:
     """A user's message: what is shown, then the question."""
-    from chiasm.media.frames import Frames
+    from PIL.Image import Image
 
     parts: list[dict[str, Any]] = []
     for medium in shown:
-        kind = "video" if isinstance(medium, Frames) else "image"
+        kind = "image" if isinstance(medium, Image) else "video"
         parts.append({"type": kind, kind: medium})
     return {"role": "user", "content": [*parts, {"type": "text", "text": question}]}

@@ -8,7 +8,7 @@ the reader: it is in the row.
 from __future__ import annotations
 
 import datetime
-from importlib.resources import files
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +22,22 @@ _PICTURE = ("assets", "demo", "cat.jpg")
 _LONGEST = 32
 
 
-def verify(name: str, *, device: str | None = None) -> dict[str, Any]:
+def verify(name: str, *, device: str | None = None, dtype: str | None = None) -> dict[str, Any]:
     """Try a checkpoint of a hub; the findings as plain data, with the error under ``error`` where it failed.
 
     Args:
         name: ``OWNER/NAME`` or ``OWNER/NAME@REVISION``.
         device: where it runs; None for the first GPU where there is one.
+        dtype: what it computes in; None for what is stored.
 
     Raises:
         UsageError: the name is no id of a hub.
+        ConfigError: the dtype is not known.
     """
     from chiasm.hub import hub_id
+    from chiasm.systems.internvl.load import resolve_dtype
 
+    resolve_dtype(dtype)  # before gigabytes are fetched
     remote = hub_id(name)
     if remote is None:
         raise UsageError(
@@ -42,14 +46,14 @@ def verify(name: str, *, device: str | None = None) -> dict[str, Any]:
     repo, revision = remote
     found: dict[str, Any] = {"id": repo, "verified": False, "date": _today(), "commit": None, "family": None}
     try:
-        found |= _tried(repo, revision, device)
+        found |= _tried(repo, revision, device, dtype)
     except ChiasmError as error:
         said = one_line(str(error))
         return found | {"error": said if repo in said else f"{repo}: {said}"}
     return found | {"verified": True}
 
 
-def _tried(repo: str, revision: str | None, device: str | None) -> dict[str, Any]:
+def _tried(repo: str, revision: str | None, device: str | None, dtype: str | None) -> dict[str, Any]:
     """What is known of a checkpoint that passes; ChiasmError where it does not."""
     import torch
 
@@ -60,12 +64,17 @@ def _tried(repo: str, revision: str | None, device: str | None) -> dict[str, Any
 
     fetched = fetch(repo, revision)
     with waiting(f"checking {repo}"):
-        sums = check_sums(fetched)
+        sums, files = check_sums(fetched), len(fetched.weights)
+        if sums != files:
+            raise CheckpointError(
+                f"{repo}: only {sums} of {files} weight files could be compared with a SHA-256 of the hub (the cache "
+                "has no links, or the files are not in LFS): set HF_HUB_CACHE to a disk with links, or choose another"
+            )
         opened = open_checkpoint(fetched.folder)
         with opened.reader:
             opened.adapter.check(opened.reader)
             tensors = len(opened.reader)
-        model = load(fetched.folder, device=device)
+        model = load(fetched.folder, device=device, dtype=dtype)
         pictures = [] if opened.public is None else [_picture()]
         content = [{"type": "image", "image": str(picture)} for picture in pictures]
         inputs = model.inputs([{"role": "user", "content": [*content, {"type": "text", "text": PROMPT}]}])
@@ -103,7 +112,7 @@ def _cell(text: str) -> str:
 
 
 def _picture() -> Path:
-    return Path(str(files("chiasm").joinpath(*_PICTURE)))
+    return Path(str(resources.files("chiasm").joinpath(*_PICTURE)))
 
 
 def _today() -> str:

@@ -48,7 +48,7 @@ from chiasm.text.labels import encode_pieces, official_labels, shift
 from chiasm.text.templates import FrameTags, Piece, Template, get_frame_tags, get_template, join
 from chiasm.text.tokenizer import Tokenizer
 
-__all__ = ["LayoutSpec", "count_tokens", "layout", "prompt_text"]
+__all__ = ["LayoutSpec", "check_length", "count_tokens", "layout", "prompt_text"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,10 +109,15 @@ class LayoutSpec:
     def frame_sampling(self, part: Part) -> FrameSampling:
         """Which frames of a video part are taken; ConfigError when its fields cannot be."""
         formula = "hf" if self.template.frames == "hf" else "original"
+        own = self.sampling or FrameSampling(formula=formula)
         asked = dict(part.sampling)
-        if "fps" in asked:
+        if asked.get("fps") is not None:
             asked.setdefault("mode", "fps")
-        return replace(self.sampling or FrameSampling(formula=formula), **asked)
+        if (
+            asked.get("mode", own.mode) != "fps"
+        ):  # then a rate is refused, but not for one of the layout's own
+            asked.setdefault("fps", None)
+        return replace(own, **asked)
 
     @property
     def context_id(self) -> int:
@@ -172,11 +177,18 @@ class _Films:
         return [len(plan) for plan in self.plans]
 
     def batch(self, tiles: TilePolicy) -> tuple[MediaBatch, list[int]]:
-        """Decode: (F, 3, S, S) with times, and the number of the video that each frame is from."""
-        taken = [video.read(plan) for video, plan in zip(self.videos, self.plans, strict=True)]
-        data = torch.cat([tiles.tile(image, 1) for frames in taken for image in frames.images])
-        times = torch.tensor([when for frames in taken for when in frames.times], dtype=torch.float32)
-        return MediaBatch(data, times), [n for n, frames in enumerate(taken) for _ in frames.times]
+        """Decode: (F, 3, S, S) with times, and the number of the video that each frame is from.
+
+        One frame after the other is cut, so that no more than one is held in full size.
+        """
+        data: list[Tensor] = []
+        times: list[float] = []
+        for video, plan in zip(self.videos, self.plans, strict=True):
+            for image, when in video.each(plan):
+                data.append(tiles.tile(image, 1))
+                times.append(when)
+        groups = [n for n, count in enumerate(self.counts) for _ in range(count)]
+        return MediaBatch(torch.cat(data), torch.tensor(times, dtype=torch.float32)), groups
 
 
 def layout(
@@ -271,28 +283,42 @@ def count_tokens(
     frames: Iterable[int] | None = None,
     train: bool = False,
     generate: bool | None = None,
+    opener: Callable[..., Image] | None = None,
+    video_opener: Callable[..., Video] = open_video,
 ) -> int:
     """T of `layout(messages, spec, …)` without decoding a picture; not limited by `max_length`.
 
     Args:
         messages: anything that `parse_messages` reads.
         spec: the rules.
-        sizes: (width, height) in pixels of every picture in order, upright; default: read from the pictures' headers.
+        sizes: (width, height) in pixels of every picture in order, upright; default: read from the pictures' headers,
+            or from the pictures as `opener` opens them.
         frames: how many are taken of every video in order; default: from the videos' time stamps.
         train: as in `layout`.
         generate: as in `layout`.
+        opener: as in `layout`; pictures are decoded for it.
+        video_opener: as in `layout`.
     """
     turns = parse_messages(messages)
-    pictures = _media(turns)["image"]
-    found = (
-        list(sizes)
-        if sizes is not None
-        else [image_size(p.value, orient=spec.tiles.orient) for p in pictures]
-    )
-    if len(found) != len(pictures):
-        raise DataError(f"{len(pictures)} picture(s) but {len(found)} size(s): give one (width, height) each")
-    shots = _count_frames(turns, spec, frames)
-    return len(_lay_rows(turns, spec, spec.tiles.counts(found), shots, train, generate).ids)
+    counts, shots = _count_tiles(turns, spec, sizes, opener), _count_frames(turns, spec, frames, video_opener)
+    return len(_lay_rows(turns, spec, counts, shots, train, generate).ids)
+
+
+def check_length(
+    messages: Any,
+    spec: LayoutSpec,
+    *,
+    sizes: Iterable[tuple[int, int]] | None = None,
+    frames: Iterable[int] | None = None,
+    train: bool = False,
+    generate: bool | None = None,
+    opener: Callable[..., Image] | None = None,
+    video_opener: Callable[..., Video] = open_video,
+) -> None:
+    """Raise the ContextOverflowError that `layout` would, without decoding; arguments as of `count_tokens`."""
+    turns = parse_messages(messages)
+    counts, shots = _count_tiles(turns, spec, sizes, opener), _count_frames(turns, spec, frames, video_opener)
+    _check_length(_lay_rows(turns, spec, counts, shots, train, generate), spec, counts, shots)
 
 
 def prompt_text(
@@ -302,13 +328,15 @@ def prompt_text(
     frames: Iterable[int] | None = None,
     train: bool = False,
     generate: bool | None = None,
+    video_opener: Callable[..., Video] = open_video,
 ) -> str:
     """The text that is tokenised, each picture and frame written as start, one context and end token; no begin token.
 
-    `frames` are as in `count_tokens`.
+    `frames` are as in `count_tokens`, `video_opener` as in `layout`.
     """
     turns = parse_messages(messages)
-    return join(_render(turns, spec, _count_frames(turns, spec, frames), train, generate)[0])
+    shots = _count_frames(turns, spec, frames, video_opener)
+    return join(_render(turns, spec, shots, train, generate)[0])
 
 
 def _media(turns: list[Turn]) -> dict[str, list[Part]]:
@@ -336,18 +364,39 @@ def _open_films(
     for part in _media(turns)["video"]:
         sampling = spec.frame_sampling(part)
         video = opened.enter_context(opener(part.value, folder_fps=sampling.folder_fps))
-        # Who gives a list of pictures has chosen them; a sampling of the part's own chooses among them again.
-        as_given = video.whole and not part.sampling
+        # Who gives a list of pictures has chosen them; a sampling of the part's own chooses among them again. Their
+        # rate says when they are, not which.
+        as_given = video.whole and not set(part.sampling) - {"folder_fps"}
         films.videos.append(video)
         films.plans.append(list(range(len(video))) if as_given else video.plan(sampling))
     return films
 
 
-def _count_frames(turns: list[Turn], spec: LayoutSpec, given: Iterable[int] | None) -> list[int]:
+def _count_tiles(
+    turns: list[Turn],
+    spec: LayoutSpec,
+    given: Iterable[tuple[int, int]] | None,
+    opener: Callable[..., Image] | None,
+) -> list[int]:
+    """Tiles of each picture, from the sizes as told or as found."""
+    pictures = _media(turns)["image"]
+    if given is None and opener is not None:
+        given = [opener(part.value, orient=spec.tiles.orient).size for part in pictures]
+    elif given is None:
+        given = [image_size(part.value, orient=spec.tiles.orient) for part in pictures]
+    found = list(given)
+    if len(found) != len(pictures):
+        raise DataError(f"{len(pictures)} picture(s) but {len(found)} size(s): give one (width, height) each")
+    return spec.tiles.counts(found)
+
+
+def _count_frames(
+    turns: list[Turn], spec: LayoutSpec, given: Iterable[int] | None, opener: Callable[..., Video]
+) -> list[int]:
     """Frames of each video, as told or as found."""
     if given is None:
         with ExitStack() as opened:
-            return _open_films(turns, spec, open_video, opened).counts
+            return _open_films(turns, spec, opener, opened).counts
     found, videos = list(given), _media(turns)["video"]
     if len(found) != len(videos):
         raise DataError(f"{len(videos)} video(s) but {len(found)} number(s) of frames: give one each")

@@ -11,8 +11,8 @@ Pictures and `<image>` tags (fact sheet InternVL 2.5, sections 2.9 and 3.1). Wit
 In system and assistant turns a tag is plain text. `<video>` tags likewise, in turns that hold videos.
 
 A video part may say which frames are to be taken: fields of `chiasm.media.frames.FrameSampling` beside its source,
-{"type": "video", "video": "a.mp4", "clip": [2, 8], "frames": 16}. They win over what the layout does by default; `fps`
-alone means the mode of that name. A row's `clip` is that of its video.
+{"type": "video", "video": "a.mp4", "clip": [2, 8], "frames": 16}, or beside the url in {"video_url": {"url", …}}. They
+win over what the layout does by default; `fps` alone means the mode of that name. A row's `clip` is that of its video.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class Record:
         tagged: write media as tags in the text. False for rows that came without any: the official rule puts their
             media in front of the first question, and writing them back leaves them as they were.
         listed: write a single picture as a list of one.
-        extra: all other fields of the row (id, width, height, clip, …), untouched.
+        extra: all other fields of the row (id, width, height, …), untouched.
     """
 
     turns: tuple[Turn, ...]
@@ -219,9 +219,12 @@ def _read_part(item: Any, where: str) -> Part:
     if not isinstance(item, Mapping):
         raise DataError(f"{where} must be a dict with a type, not {type(item).__name__}")
     kind = item.get("type")
+    said: Mapping[str, Any] = item
     if kind in ("image_url", "video_url"):
         name, value = kind, item.get(kind)
-        value = value.get("url") if isinstance(value, Mapping) else value
+        if isinstance(value, Mapping):
+            said = {**value, **item}
+            value = value.get("url")
         kind = "image" if kind == "image_url" else "video"
     elif isinstance(kind, str) and kind in KINDS:
         name = next((key for key in _VALUE_KEYS.get(kind, (kind,)) if key in item), kind)
@@ -232,7 +235,7 @@ def _read_part(item: Any, where: str) -> Part:
         raise DataError(f"{where}.{name} must be a str, not {type(value).__name__}")
     if value is None or (kind != "text" and isinstance(value, str | bytes) and not value):
         raise DataError(f"{where}.{name} is missing or empty")
-    sampling = {key: item[key] for key in SAMPLING if key in item} if kind == "video" else {}
+    sampling = {key: said[key] for key in SAMPLING if key in said} if kind == "video" else {}
     return Part(kind, value, sampling)  # type: ignore[arg-type]
 
 
@@ -343,7 +346,7 @@ def from_row(row: Mapping[str, Any], *, where: str = "row") -> Record:
         turns=turns,
         tagged=any(mine and _TAGS[kind] in value for (_, value, _), mine in zip(said, given, strict=True)),
         listed=taken == "image" and isinstance(row["image"], list),
-        extra={key: row[key] for key in row if key not in ("conversations", taken)},
+        extra={key: row[key] for key in row if key not in ("conversations", taken, *clip)},
     )
 
 

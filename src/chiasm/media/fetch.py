@@ -1,4 +1,4 @@
-"""Bytes of a picture from where a user points: a file, a ``data:`` URL, an ``http(s)`` URL; all with a limit.
+"""Bytes of a picture or video from where a user points: a file, a ``data:`` URL, an ``http(s)`` URL; all with a limit.
 
 Only the http and https schemes are opened (a redirect cannot lead to ``file:`` or ``ftp:`` either), a reply
 larger than the limit is refused before it is read where the server says its length and while reading
@@ -19,6 +19,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from pathlib import Path
+from typing import Literal
 
 from chiasm.errors import ImageError
 
@@ -29,6 +30,9 @@ MAX_BYTES = 64 * 2**20
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]{1,30}://")
 _CHUNK = 1 << 16
+
+Kind = Literal["image", "video"]
+_NOUNS = {"image": "picture", "video": "video"}
 
 
 def is_url(source: str) -> bool:
@@ -51,22 +55,30 @@ def short_name(source: object, limit: int = 160) -> str:
     return text if len(text) <= limit else f"{text[: limit // 2 - 1]}…{text[-(limit // 2) :]}"
 
 
-def load_bytes(source: str | Path, *, limit: int = MAX_BYTES, timeout: float = 20.0) -> bytes:
+def load_bytes(
+    source: str | Path,
+    *,
+    limit: int = MAX_BYTES,
+    timeout: float = 20.0,
+    deadline: float | None = None,
+    kind: Kind = "image",
+) -> bytes:
     """Read a file, pipe, ``data:`` URL or http(s) URL of at most ``limit`` bytes.
 
     Args:
         source: a path, ``data:[type][;base64],…`` or ``http(s)://…``.
         limit: largest accepted size in bytes.
-        timeout: seconds to wait for the server at each step; the whole transfer may take three times as
-            long.
+        timeout: seconds to wait for the server at each step.
+        deadline: seconds that the whole transfer may take; default: three times `timeout`.
+        kind: what is asked of the server, and what messages speak of.
 
     Raises:
         ImageError: missing, unreadable, too large, not retrievable, or a scheme other than http and https.
     """
     if isinstance(source, str) and source[:5].lower() == "data:":
-        return _data_url(source, limit)
+        return _data_url(source, limit, kind)
     if isinstance(source, str) and is_url(source):
-        return _http(source, limit, timeout)
+        return _http(source, limit, timeout, 3 * timeout if deadline is None else deadline, kind)
     name = short_name(source)
     path = local_path(source)
     try:
@@ -74,7 +86,7 @@ def load_bytes(source: str | Path, *, limit: int = MAX_BYTES, timeout: float = 2
             data = file.read(limit + 1)
     except OSError as error:
         raise file_error(name, error) from error
-    return _within(data, limit, name)
+    return _within(data, limit, name, kind)
 
 
 def local_path(source: str | Path) -> Path:
@@ -103,19 +115,23 @@ def file_error(name: str, error: OSError | ValueError) -> ImageError:
     return ImageError(f"{name}: is not a possible file name; check the path")
 
 
-def _within(data: bytes, limit: int, name: str) -> bytes:
+def _within(data: bytes, limit: int, name: str, kind: Kind) -> bytes:
     if len(data) > limit:
-        raise ImageError(f"{name}: holds more than {limit / 2**20:.0f} MiB; make the picture smaller")
+        raise _too_long(name, limit, kind)
     return data
 
 
-def _data_url(source: str, limit: int) -> bytes:
+def _too_long(name: str, limit: int, kind: Kind) -> ImageError:
+    return ImageError(f"{name}: holds more than {limit / 2**20:.0f} MiB; make the {_NOUNS[kind]} smaller")
+
+
+def _data_url(source: str, limit: int, kind: Kind) -> bytes:
     name = short_name(source)
     header, comma, body = source.partition(",")
     if not comma or len(header) > 400:
-        raise ImageError(f"{name}: is not of the form data:image/png;base64,…; check how it was built")
+        raise ImageError(f"{name}: is not of the form data:{kind}/…;base64,…; check how it was built")
     if len(body) > 4 * limit:
-        raise ImageError(f"{name}: holds more than {limit / 2**20:.0f} MiB; make the picture smaller")
+        raise _too_long(name, limit, kind)
     raw = urllib.parse.unquote_to_bytes(body)
     if header.lower().endswith(";base64"):
         packed = b"".join(raw.split())
@@ -123,7 +139,7 @@ def _data_url(source: str, limit: int) -> bytes:
             raw = base64.b64decode(packed + b"=" * (-len(packed) % 4), validate=True)
         except binascii.Error as error:
             raise ImageError(f"{name}: is not valid base64; encode the file again") from error
-    return _within(raw, limit, name)
+    return _within(raw, limit, name, kind)
 
 
 def _opener() -> urllib.request.OpenerDirector:
@@ -142,20 +158,20 @@ def _opener() -> urllib.request.OpenerDirector:
     return director
 
 
-def _http(source: str, limit: int, timeout: float) -> bytes:
+def _http(source: str, limit: int, timeout: float, deadline: float, kind: Kind) -> bytes:
     name = short_name(source)
     scheme = source.partition("://")[0].lower()
     if scheme not in ("http", "https"):
         raise ImageError(
             f"{name}: the scheme {scheme} is not supported; give a path, or an http or https URL"
         )
-    deadline = time.monotonic() + 3 * timeout
+    ends = time.monotonic() + deadline
     try:
         request = urllib.request.Request(
-            source, headers={"User-Agent": "chiasm", "Accept": "image/*,*/*;q=0.1"}
+            source, headers={"User-Agent": "chiasm", "Accept": f"{kind}/*,*/*;q=0.1"}
         )
         with contextlib.closing(_opener().open(request, timeout=timeout)) as reply:
-            return _read_reply(reply, limit, deadline, name)
+            return _read_reply(reply, limit, ends, name, kind)
     except urllib.error.HTTPError as error:
         with error:
             raise ImageError(
@@ -169,17 +185,18 @@ def _http(source: str, limit: int, timeout: float) -> bytes:
         raise ImageError(f"{name}: cannot be fetched ({reason}); check the URL and the network") from error
 
 
-def _read_reply(reply: http.client.HTTPResponse, limit: int, deadline: float, name: str) -> bytes:
+def _read_reply(reply: http.client.HTTPResponse, limit: int, ends: float, name: str, kind: Kind) -> bytes:
     length = reply.headers.get("Content-Length", "")
     expected = int(length) if length.isascii() and length.isdigit() and len(length) < 19 else None
     if expected is not None and expected > limit:
-        raise ImageError(f"{name}: holds more than {limit / 2**20:.0f} MiB; make the picture smaller")
+        raise _too_long(name, limit, kind)
     data = bytearray()
     while chunk := reply.read1(_CHUNK):
         data += chunk
-        _within(bytes(data) if len(data) > limit else b"", limit, name)
-        if time.monotonic() > deadline:
-            raise ImageError(f"{name}: the server is too slow; download the picture and give its path")
+        if len(data) > limit:
+            raise _too_long(name, limit, kind)
+        if time.monotonic() > ends:
+            raise ImageError(f"{name}: the server is too slow; download the {_NOUNS[kind]} and give its path")
     if expected is not None and len(data) < expected:
         raise ImageError(f"{name}: the transfer broke off after {len(data)} of {expected} bytes; try again")
     return bytes(data)

@@ -8,14 +8,17 @@ Source: fact sheet InternVL 2.5, sections 3.1, 3.4 and 5. The samplers:
   ``arange(T / n / 2, T, T / n)`` rounded down.
 - ``rand`` (training): T frames cut into n intervals, one frame of each at random. The released code never takes the
   last frame of an interval, and another rule where an interval has one frame only; here every frame has its chance.
+  Drawn from the seed and the video's name, so that equally long videos get different frames, and each the same again.
 - ``fps``: a frame at d/2, 3d/2, 5d/2, … seconds with d = 1 / fps, each time the nearest frame (of equally near ones
-  the one with the even index, as NumPy rounds), none where the end is nearer. Where that makes more than
-  ``max_frames``, the release drops the end of the video; here as many are spread over all of it (``middle``).
+  the one with the even index, as NumPy rounds), none where the end is nearer. A frame that is nearest several times
+  is taken once (the release repeats it). Where that makes more than ``max_frames``, the release drops the end of the
+  video; here as many are spread over all of it (``middle``), none twice.
 
 A formula that speaks of indices means evenly spaced frames. The T frames are therefore thought to be evenly spaced
 between the first and the last one, and the frame nearest in time is taken: with a constant rate that is the formula
-itself, with a variable one it is what the formula is for. A video with fewer frames than asked gives each of its
-frames once (the release repeats the last one, transformers refuses).
+itself, with a variable one it is what the formula is for, and ``middle`` and ``rand`` may then take a frame twice. So
+may ``original`` where as many frames are asked for as there are: 0, 1, 2, 2 of four. A video with fewer frames than
+asked gives each of its frames once (the release repeats the last one, transformers refuses).
 
 Times are seconds after the first frame. A clip [start, end) holds the frames that begin in it, or else the one that
 is on screen at its start.
@@ -25,6 +28,7 @@ from __future__ import annotations
 
 import math
 import random
+import sys
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -51,6 +55,9 @@ Formula = Literal["original", "hf"]
 
 # Two time stamps that are nearer than this share of a frame's length are the same.
 _SAME = 1e-6
+# Frames a second; what lies outside is a mistake, and times would no longer be exact.
+_SLOWEST, _FASTEST = 1e-6, 1e6
+_LARGEST = sys.float_info.max
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,18 +68,18 @@ class FrameSampling:
         mode: ``middle``, ``rand`` or ``fps``.
         frames: how many with ``middle`` and ``rand``; None with ``rand`` draws the number from min_frames to
             max_frames, as the training of the release does.
-        fps: frames a second with ``fps``.
-        min_frames: least number with ``fps``, and with ``rand`` if frames is None.
+        fps: frames a second with ``fps``, from 0.000001 to 1000000; None means 1, and is the only value elsewhere.
+        min_frames: least number asked for with ``fps``, and with ``rand`` if frames is None.
         max_frames: largest number, likewise.
         clip: (start, end) in seconds; None for the whole video.
-        seed: of ``rand``; the same seed takes the same frames.
+        seed: of ``rand``; the same seed takes the same frames of a video of the same name (path or URL, as given).
         formula: of ``middle``: ``original`` or ``hf``.
         folder_fps: frames a second of a folder or list of pictures, which cannot say it themselves.
     """
 
     mode: SamplingMode = "middle"
     frames: int | None = 8
-    fps: float = 1.0
+    fps: float | None = None
     min_frames: int = 1
     max_frames: int = 64
     clip: tuple[float, float] | None = None
@@ -104,10 +111,15 @@ class FrameSampling:
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise ConfigError(f"seed must be a whole number, not {self.seed!r}")
         for name in ("fps", "folder_fps"):
-            if not _is_number(getattr(self, name)) or getattr(self, name) <= 0:
+            value = getattr(self, name)
+            if name == "fps" and value is None:
+                continue
+            if not _is_number(value) or not _SLOWEST <= value <= _FASTEST:
                 raise ConfigError(
-                    f"{name} must be a number above 0 (frames a second), not {getattr(self, name)!r}"
+                    f"{name} must be a number from 0.000001 to 1000000 (frames a second), not {value!r:.60}"
                 )
+        if self.fps is not None and self.mode != "fps":
+            raise ConfigError(f"fps does not go with sampling mode {self.mode}: leave one of them out")
         if self.clip is not None:
             object.__setattr__(self, "clip", _checked_clip(self.clip))
 
@@ -153,24 +165,40 @@ def middle_indices(total: int, n: int, formula: Formula = "original") -> list[in
     return [int(segment / 2 + round(segment * k)) for k in range(n)]
 
 
-def rand_indices(total: int, n: int, seed: int = 0) -> list[int]:
-    """One frame of each of n intervals of `total` frames; all frames where there are fewer."""
+def rand_indices(total: int, n: int, seed: int = 0, name: str = "video") -> list[int]:
+    """One frame of each of n intervals of `total` frames; all frames where there are fewer.
+
+    The same seed and name draw the same frames, in every process.
+    """
     n = min(n, total)
-    draw = random.Random(seed)
+    draw = random.Random(f"{seed} {name}")  # hashed by SHA-512, not by hash()
     # In whole numbers: what NumPy's linspace rounds down to, without its rounding errors.
     edges = [total * k // n for k in range(n + 1)]
     return [draw.randrange(low, high) for low, high in pairwise(edges)]
 
 
-def fps_indices(times: Sequence[float], fps: float, start: float, end: float) -> list[int]:
-    """The frames nearest to start + d/2, start + 3d/2, … below `end` with d = 1 / fps; [] where none is."""
+def fps_indices(
+    times: Sequence[float], fps: float, start: float, end: float, *, most: int | None = None
+) -> list[int]:
+    """The frames nearest to start + d/2, start + 3d/2, … below `end` with d = 1 / fps, each once; [] where none is.
+
+    The work grows with the frames that are found, not with `fps`, and stops at `most` of them.
+    """
     # A time nearer to the end than to the last frame belongs to the frame that would come next, hence to none.
     stretched = [*times, max(end, times[-1])]
     gap = _gap(stretched)
-    # Computed with a margin: the nearest frame decides what is in, not the rounding of this count.
-    count = max(0, math.ceil((end - start) * fps)) + 1
-    found = (_nearest(stretched, start + (0.5 + k) / fps, gap) for k in range(count))
-    return [index for index in found if index < len(times)]
+    found: list[int] = []
+    k = 0
+    while most is None or len(found) < most:
+        index = _nearest(stretched, start + (0.5 + k) / fps, gap)
+        if index == len(times):
+            break
+        if not found or found[-1] != index:
+            found.append(index)
+        # All moments before the middle to the next frame are nearest to this one.
+        middle = (stretched[index] + stretched[index + 1]) / 2
+        k = max(k + 1, math.floor((middle - start) * fps - 0.5))
+    return found
 
 
 def choose_frames(
@@ -182,7 +210,7 @@ def choose_frames(
         times: seconds after the first frame, rising, at least one.
         duration: when the last frame ends.
         sampling: the rules.
-        name: of the video, for errors.
+        name: of the video, for errors and for what ``rand`` draws.
 
     Raises:
         ImageError: the clip begins where the video has ended.
@@ -205,21 +233,26 @@ def choose_frames(
     inside = times[low:high]
     total = len(inside)
     if sampling.mode == "fps":
-        found = fps_indices(inside, sampling.fps, start, end)
-        wanted = min(max(len(found), sampling.min_frames), sampling.max_frames)
-        if len(found) == wanted:
+        rate = 1.0 if sampling.fps is None else sampling.fps
+        found = fps_indices(inside, rate, start, end, most=sampling.max_frames + 1)
+        n = min(max(len(found), sampling.min_frames), sampling.max_frames)
+        if len(found) == n:
             return [low + index for index in found]
-        even = middle_indices(total, wanted, sampling.formula)
-    elif sampling.mode == "rand":
-        n = sampling.frames
-        if n is None:
-            n = random.Random(f"n{sampling.seed}").randint(sampling.min_frames, sampling.max_frames)
-        even = rand_indices(total, n, sampling.seed)
+        if n == total:
+            return list(range(low, high))
+    elif sampling.frames is None:
+        n = random.Random(f"n{sampling.seed} {name}").randint(sampling.min_frames, sampling.max_frames)
     else:
-        assert sampling.frames is not None
-        even = middle_indices(total, sampling.frames, sampling.formula)
+        n = sampling.frames
+    if n > total:
+        return list(range(low, high))
+    if sampling.mode == "rand":
+        even = rand_indices(total, n, sampling.seed, name)
+    else:
+        even = middle_indices(total, n, sampling.formula)
     gap = _gap(inside)
-    return [low + _nearest(inside, inside[0] + index * gap, gap) for index in even]
+    taken = [low + _nearest(inside, inside[0] + index * gap, gap) for index in even]
+    return sorted(set(taken)) if sampling.mode == "fps" else taken
 
 
 def _gap(times: Sequence[float]) -> float:
@@ -239,7 +272,8 @@ def _nearest(times: Sequence[float], moment: float, gap: float) -> int:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    # Compared, not converted: an integer may be too large for a float.
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST
 
 
 def _checked_clip(clip: object) -> tuple[float, float]:

@@ -31,7 +31,7 @@ from PIL import Image, UnidentifiedImageError
 from chiasm.errors import ImageError
 from chiasm.media.fetch import file_error, is_url, load_bytes, local_path, short_name
 
-__all__ = ["FORMATS", "MAX_PIXELS", "ImageSource", "Note", "open_image", "to_rgb"]
+__all__ = ["FORMATS", "MAX_PIXELS", "ImageSource", "Note", "open_image", "quiet_pillow", "to_rgb"]
 
 MAX_PIXELS = 178_956_970
 """Largest accepted width x height; Pillow itself only warns in the upper half of this range."""
@@ -86,7 +86,7 @@ def open_image(
     note = on_note or _log.warning
     if isinstance(source, Image.Image):
         name = short_name(getattr(source, "filename", "") or "image")
-        with _quiet_pillow():
+        with quiet_pillow():
             return _finish(source, name, orient, note)
     if isinstance(source, np.ndarray):
         return to_rgb(_from_array(source), on_note=note)
@@ -149,7 +149,7 @@ def to_rgb(image: Image.Image, *, name: str = "image", on_note: Note | None = No
 
 
 def _decode(file: IO[bytes], name: str, orient: bool, note: Note) -> Image.Image:
-    with _quiet_pillow(), _identify(file, name) as image:
+    with quiet_pillow(), _identify(file, name) as image:
         return _finish(image, name, orient, note)
 
 
@@ -293,4 +293,5 @@ class _Quiet:
                     self._saved.__exit__(None, None, None)
 
 
-_quiet_pillow = _Quiet()
+quiet_pillow = _Quiet()
+"""Context in which Pillow warns of nothing; safe with threads."""

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from chiasm.media.fetch import is_url, local_path
-from chiasm.media.image import MAX_PIXELS, ImageSource, _quiet_pillow, open_image
+from chiasm.media.image import MAX_PIXELS, ImageSource, open_image, quiet_pillow
 
 __all__ = ["image_size"]
 
@@ -47,7 +47,7 @@ def _from_header(path: Path, orient: bool) -> tuple[int, int] | None:
         return None
     # Whatever is wrong here, opening the picture finds it again and names it.
     try:
-        with _quiet_pillow(), Image.open(path, formats=_PLAIN) as image:
+        with quiet_pillow(), Image.open(path, formats=_PLAIN) as image:
             if image.format not in _PLAIN or not 0 < image.width * image.height <= MAX_PIXELS:
                 return None
             return _upright(image) if orient else image.size

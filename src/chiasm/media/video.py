@@ -6,7 +6,8 @@ PNG and a folder or list of pictures (all without PyAV). Audio is ignored.
 How a file is read: its packets are listed without decoding, which gives the exact presentation time of every frame
 and the key frames. For each wanted frame the decoder starts at the key frame before it, unless it is already between
 the two. `Video.decoded` counts what the decoder put out. Animations cannot be entered in the middle: all frames up
-to the wanted one are decoded, and once before that to learn their times.
+to the wanted one are decoded, and once before that to learn their times; both are counted, and `MAX_ANIMATION_PIXELS`
+is the limit.
 
 Decided here:
 - The rotation that a file carries (phones) is always applied, mirrored or not, whatever the tile policy does with EXIF.
@@ -29,7 +30,7 @@ import struct
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from itertools import accumulate, chain
+from itertools import accumulate, chain, groupby
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -40,12 +41,23 @@ from chiasm.errors import ImageError, MissingExtraError, missing_extra
 from chiasm.media.fetch import file_error, is_url, load_bytes, local_path, short_name
 from chiasm.media.frames import Frames, FrameSampling, choose_frames
 from chiasm.media.image import FORMATS as IMAGE_FORMATS
-from chiasm.media.image import MAX_PIXELS, _quiet_pillow, open_image, to_rgb
+from chiasm.media.image import MAX_PIXELS, open_image, quiet_pillow, to_rgb
 
-__all__ = ["MAX_VIDEO_BYTES", "VIDEO_SUFFIXES", "Video", "is_video", "open_video", "read_frames"]
+__all__ = [
+    "MAX_ANIMATION_PIXELS",
+    "MAX_VIDEO_BYTES",
+    "VIDEO_SUFFIXES",
+    "Video",
+    "is_video",
+    "open_video",
+    "read_frames",
+]
 
 MAX_VIDEO_BYTES = 512 * 2**20
 """Limit for a video that is downloaded, decoded from a ``data:`` URL or read from a pipe; files have none."""
+
+MAX_ANIMATION_PIXELS = 2**31
+"""Largest accepted frames x width x height of an animation, all of whose frames are decoded to learn their times."""
 
 VIDEO_SUFFIXES = frozenset(
     [
@@ -75,6 +87,8 @@ _STILL_BRANDS = (
     b"jxl ",
 )
 _DEFAULT_DELAY = 0.1
+# Seconds for a download: the largest accepted video at a megabyte a second.
+_DEADLINE = 540.0
 
 # Signs of the display matrix (a, b, c, d), which sends (x, y) to (a x + c y, b x + d y) with y downwards.
 _UPRIGHT = {
@@ -135,16 +149,24 @@ class Video:
         Raises:
             ImageError: a frame cannot be decoded.
         """
-        found = self._decode(sorted(set(indices)))
+        taken = list(self.each(indices))
         return Frames(
-            images=tuple(found[index][0] for index in indices),
-            times=tuple(found[index][1] for index in indices),
+            images=tuple(image for image, _ in taken),
+            times=tuple(when for _, when in taken),
             name=self.name,
             total=len(self),
             duration=self.duration,
         )
 
-    def _decode(self, wanted: list[int]) -> dict[int, tuple[Image.Image, float]]:
+    def each(self, indices: Sequence[int]) -> Iterator[tuple[Image.Image, float]]:
+        """Image and exact time of each frame as `read` takes them, decoded one after the other."""
+        decoded = self._decode(sorted(set(indices)))
+        for _, same in groupby(sorted(indices)):
+            frame = next(decoded)
+            for _ in same:
+                yield frame
+
+    def _decode(self, wanted: list[int]) -> Iterator[tuple[Image.Image, float]]:
         """Image and exact time of each wanted index (rising, no index twice)."""
         raise NotImplementedError
 
@@ -170,9 +192,8 @@ def open_video(
     if isinstance(source, bytes | bytearray | memoryview):
         return _open_file(io.BytesIO(source), f"video of {len(source)} bytes")
     if isinstance(source, list | tuple):
-        return _Pictures(
-            "list of pictures", list(source), folder_fps, allow_files=allow_files, allow_urls=allow_urls
-        )
+        allow = {"allow_files": allow_files, "allow_urls": allow_urls}
+        return _Pictures("list of pictures", list(source), folder_fps, whole=True, **allow)
     if not isinstance(source, str | Path):
         raise ImageError(
             f"cannot open a {type(source).__name__} as a video; give a path, a URL, bytes or a list of pictures"
@@ -181,14 +202,14 @@ def open_video(
     if isinstance(source, str) and is_url(source):
         if not allow_urls and source[:5].lower() != "data:":
             raise ImageError(f"{name}: URLs are not accepted here; send the video itself (data: URL)")
-        return _open_file(io.BytesIO(load_bytes(source, limit=MAX_VIDEO_BYTES)), name)
+        return _open_file(io.BytesIO(_load(source)), name)
     if not allow_files:
         raise ImageError(f"{name}: paths are not accepted here; send the video itself (data: URL)")
     if _is_folder(source):
         return _Pictures(name, _pictures_of(Path(source), name), folder_fps)
     path = local_path(source)
     if not stat.S_ISREG(path.stat().st_mode):  # a pipe cannot be sought in
-        return _open_file(io.BytesIO(load_bytes(path, limit=MAX_VIDEO_BYTES)), name)
+        return _open_file(io.BytesIO(_load(path)), name)
     try:
         file = path.open("rb")
     except OSError as error:
@@ -234,6 +255,11 @@ def is_video(source: str | Path, *, animations: bool = True) -> bool:
 # Files -----------------------------------------------------------------------------------------------------------
 
 
+def _load(source: str | Path) -> bytes:
+    """A video's bytes from a URL or pipe."""
+    return load_bytes(source, limit=MAX_VIDEO_BYTES, deadline=_DEADLINE, kind="video")
+
+
 def _open_file(file: IO[bytes], name: str) -> Video:
     """A video from an open file, which is closed with it, or at once if it is none."""
     try:
@@ -265,7 +291,7 @@ def _is_container(head: bytes) -> bool:
 def _is_animated(file: IO[bytes]) -> bool:
     file.seek(0)
     # What is wrong with it is said by whoever opens it as a picture.
-    with suppress(Exception), _quiet_pillow(), Image.open(file, formats=_ANIMATIONS) as image:
+    with suppress(Exception), quiet_pillow(), Image.open(file, formats=_ANIMATIONS) as image:
         return getattr(image, "n_frames", 1) > 1
     return False
 
@@ -289,8 +315,8 @@ class _Given(Video):
         super().__init__(frames.name, frames.times, frames.duration)
         self._frames = frames
 
-    def _decode(self, wanted: list[int]) -> dict[int, tuple[Image.Image, float]]:
-        return {index: (self._frames.images[index], self.times[index]) for index in wanted}
+    def _decode(self, wanted: list[int]) -> Iterator[tuple[Image.Image, float]]:
+        return ((self._frames.images[index], self.times[index]) for index in wanted)
 
     def read(self, indices: Sequence[int]) -> Frames:
         """The frames themselves, where all are wanted."""
@@ -300,17 +326,18 @@ class _Given(Video):
 class _Pictures(Video):
     """A folder or list of pictures, one frame each, opened when wanted."""
 
-    def __init__(self, name: str, sources: list[Any], fps: float, **allow: Any) -> None:
+    def __init__(
+        self, name: str, sources: list[Any], fps: float, *, whole: bool = False, **allow: Any
+    ) -> None:
         super().__init__(name, [n / fps for n in range(len(sources))], len(sources) / fps)
-        self.whole = name == "list of pictures"
+        self.whole = whole
         self._sources, self._allow = sources, allow
 
-    def _decode(self, wanted: list[int]) -> dict[int, tuple[Image.Image, float]]:
-        found = {}
+    def _decode(self, wanted: list[int]) -> Iterator[tuple[Image.Image, float]]:
         for index in wanted:
-            found[index] = (open_image(self._sources[index], **self._allow), self.times[index])
+            image = open_image(self._sources[index], **self._allow)
             self.decoded += 1
-        return found
+            yield image, self.times[index]
 
 
 def _pictures_of(folder: Path, name: str) -> list[Path]:
@@ -343,11 +370,17 @@ class _Animation(Video):
         self._file = file
         delays: list[float] = []
         try:
-            with _quiet_pillow():
+            with quiet_pillow():
                 self._image = Image.open(file, formats=_ANIMATIONS)
                 if self._image.width * self._image.height > MAX_PIXELS:
                     raise ImageError(
                         f"{name}: has frames of more than {MAX_PIXELS:,} pixels; make it smaller first"
+                    )
+                pixels = getattr(self._image, "n_frames", 1) * self._image.width * self._image.height
+                if pixels > MAX_ANIMATION_PIXELS:
+                    raise ImageError(
+                        f"{name}: its frames together have more than {MAX_ANIMATION_PIXELS:,} pixels; "
+                        "shorten it, make it smaller, or convert it to MP4"
                     )
                 for _ in self._walk():
                     delay = float(self._image.info.get("duration") or 0) / 1000
@@ -362,6 +395,7 @@ class _Animation(Video):
         except Exception as error:
             raise _damaged(name, error) from error
         super().__init__(name, list(accumulate(delays[:-1], initial=0.0)), sum(delays))
+        self.decoded = len(delays)
 
     def close(self) -> None:
         self._image.close()
@@ -370,23 +404,23 @@ class _Animation(Video):
     def _walk(self) -> Iterator[int]:
         """Decode one frame after the other."""
         for index in range(getattr(self._image, "n_frames", 1)):
-            self._image.seek(index)
-            self._image.load()
+            with quiet_pillow():
+                self._image.seek(index)
+                self._image.load()
             yield index
 
-    def _decode(self, wanted: list[int]) -> dict[int, tuple[Image.Image, float]]:
-        found: dict[int, tuple[Image.Image, float]] = {}
+    def _decode(self, wanted: list[int]) -> Iterator[tuple[Image.Image, float]]:
         try:
-            with _quiet_pillow():
-                for index in self._walk():
-                    self.decoded += 1
-                    if index in wanted:
-                        found[index] = (to_rgb(self._image, name=self.name), self.times[index])
-                    if index == wanted[-1]:
-                        break
+            for index in self._walk():
+                self.decoded += 1
+                if index in wanted:
+                    with quiet_pillow():
+                        image = to_rgb(self._image, name=self.name)
+                    yield image, self.times[index]
+                if index == wanted[-1]:
+                    break
         except Exception as error:
             raise _damaged(self.name, error) from error
-        return found
 
 
 # PyAV ------------------------------------------------------------------------------------------------------------
@@ -491,24 +525,25 @@ class _Stream(Video):
         last = float(packets[-1][3] * base) or (times[-1] / (len(times) - 1) if len(times) > 1 else 0.0)
         super().__init__(self.name, times, times[-1] + last)
 
-    def _decode(self, wanted: list[int]) -> dict[int, tuple[Image.Image, float]]:
-        found = {}
+    def _decode(self, wanted: list[int]) -> Iterator[tuple[Image.Image, float]]:
+        missing = list(reversed(wanted))
         try:
             frames = self._pick(wanted) if self._pts else self._count(wanted)
             for index, frame in frames:
+                if index != missing[-1]:
+                    break
                 when = self.times[index]
                 if self._pts:
                     when = float((frame.pts - self._pts[0]) * self._stream.time_base)
-                found[index] = (self._picture(frame), when)
+                yield self._picture(frame), when
+                missing.pop()
         except ImageError:
             raise
         # Of FFmpeg, of the file object below it, of the conversion to RGB.
         except Exception as error:
             raise _damaged(self.name, error) from error
-        for index in wanted:
-            if index not in found:
-                raise _damaged(self.name, EOFError(f"no frame at {self.times[index]:.2f} s"))
-        return found
+        if missing:
+            raise _damaged(self.name, EOFError(f"no frame at {self.times[missing[-1]]:.2f} s"))
 
     def _pick(self, wanted: list[int]) -> Iterator[tuple[int, Any]]:
         """The frame on screen at each wanted time; the decoder is moved only forwards over key frames."""

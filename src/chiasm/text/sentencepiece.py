@@ -45,6 +45,7 @@ Prefix = Literal["each", "first", "never"]
 _UNIGRAM, _BPE = 1, 2
 _TYPES = {_UNIGRAM: "unigram", _BPE: "bpe", 3: "word", 4: "char"}
 _MAX_PIECES = 4_000_000
+_DAMAGED_MAP = "a SentencePiece model's character map is damaged: download it again"
 
 
 class Kind(IntEnum):
@@ -202,6 +203,8 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
         value |= (byte & 0x7F) << shift
         at, shift = at + 1, shift + 7
         if byte < 0x80:
+            if value >> 64:
+                raise ValueError("a number of more than 64 bits")
             return value, at
 
 
@@ -295,12 +298,11 @@ def backend_from_model(
 def _normalizers(model: SentencePieceModel, prefix: Prefix) -> list[normalizers.Normalizer]:
     steps: list[normalizers.Normalizer] = []
     if model.charsmap:
+        _check_charsmap(model.charsmap)
         try:
             steps.append(normalizers.Precompiled(model.charsmap))
         except Exception as error:  # the library raises bare Exception
-            raise CheckpointError(
-                "a SentencePiece model's character map is damaged: download it again"
-            ) from error
+            raise CheckpointError(_DAMAGED_MAP) from error
     if model.collapse:
         steps.append(normalizers.Replace(Regex(rf"\A +|[ {SPACE}]+\z"), ""))
         steps.append(normalizers.Replace(Regex(" {2,}"), " "))
@@ -309,6 +311,30 @@ def _normalizers(model: SentencePieceModel, prefix: Prefix) -> list[normalizers.
     if model.escape and prefix != "first":  # there the pre-tokenizer does it
         steps.append(normalizers.Replace(" ", SPACE))
     return steps
+
+
+def _check_charsmap(data: bytes) -> None:
+    """CheckpointError where a compiled character map points outside itself: the library would fail at some text.
+
+    It is the size in bytes of a double array of 32-bit units (of darts-clone: a block of 256 holds what may follow one
+    state), the units, and the replacements that they name by offset. All units are checked, not only those that can be
+    reached.
+    """
+    size = int.from_bytes(data[:4], "little")
+    words = data[4 + size :]
+    if size < 4 or size % 4 or 4 + size > len(data):
+        raise CheckpointError(_DAMAGED_MAP)
+    units = struct.unpack_from(f"<{size // 4}I", data, 4)
+    for at, unit in enumerate(units):
+        if unit >> 31 and at:
+            continue  # a value, which is read only by way of the unit that names it
+        state = at ^ ((unit >> 10) << ((unit & 0x200) >> 6))
+        good = (state | 0xFF) < len(units)
+        if good and unit & 0x100:
+            value = units[state] & 0x7FFF_FFFF
+            good = value <= len(words) and (value == len(words) or words[value] & 0xC0 != 0x80)
+        if not good:
+            raise CheckpointError(_DAMAGED_MAP)
 
 
 def _bpe(pieces: list[Piece], model: SentencePieceModel, renamed: Mapping[int, str]) -> models.BPE:

@@ -10,10 +10,11 @@ Ids are plain ``list[int]``: this ring needs no tensors.
 from __future__ import annotations
 
 import codecs
+import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,28 +51,35 @@ class Tokenizer:
     def from_file(cls, path: str | Path) -> Tokenizer:
         """Read a folder's tokenizer, or a ``tokenizer.json``, with the ``tokenizer_config.json`` beside it.
 
-        The first of these is taken: ``tokenizer.json``; ``vocab.json`` with ``merges.txt``; ``tokenizer.model``.
+        Of a folder the first of these is taken: ``tokenizer.json``; ``vocab.json`` with ``merges.txt``;
+        ``tokenizer.model``. A file that is named is read, and no other in its place.
 
         Raises:
             CheckpointError: there is none, or a file is malformed.
         """
         path = Path(path)
-        folder, file = (path, path / _BACKEND_FILE) if path.is_dir() else (path.parent, path)
-        config = read_json(folder / _CONFIG_FILE)
-        if file.is_file():
-            try:
-                backend = Backend.from_file(str(file))
-            except Exception as error:  # the library raises bare Exception, for any fault in the file
-                reason = " ".join(str(error).split())[:200]
-                raise CheckpointError(f"{file}: not a tokenizer ({reason}): download it again") from error
-        elif (folder / VOCAB).is_file():
-            backend, config = from_vocab_and_merges(folder, config)
-        elif (folder / MODEL).is_file():
-            backend, config = from_model_file(folder, config)
-        else:
+        whole = path.is_dir()
+        folder, file = (path, path / _BACKEND_FILE) if whole else (path.parent, path)
+        if not whole and not file.is_file():
             raise CheckpointError(
-                f"{file}: no such file, nor {VOCAB} or {MODEL}: give a folder with the model's tokenizer"
+                f"{file}: no such file or folder: give a folder with the model's tokenizer, or its {_BACKEND_FILE}"
             )
+        config = read_json(folder / _CONFIG_FILE)
+        with _no_panic(str(path)):
+            if file.is_file():
+                try:
+                    backend = Backend.from_file(str(file))
+                except Exception as error:  # the library raises bare Exception, for any fault in the file
+                    reason = " ".join(str(error).split())[:200]
+                    raise CheckpointError(f"{file}: not a tokenizer ({reason}): download it again") from error
+            elif (folder / VOCAB).is_file():
+                backend, config = from_vocab_and_merges(folder, config)
+            elif (folder / MODEL).is_file():
+                backend, config = from_model_file(folder, config)
+            else:
+                raise CheckpointError(
+                    f"{file}: no such file, nor {VOCAB} or {MODEL}: give a folder with the model's tokenizer"
+                )
         template = folder / _TEMPLATE_FILE
         if template.is_file():
             config["chat_template"] = template.read_text(encoding="utf-8")
@@ -107,6 +115,7 @@ class Tokenizer:
 
         Raises:
             DataError: ``text`` is not valid Unicode (a lone surrogate, as undecodable bytes leave behind).
+            CheckpointError: the tokenizer is damaged, which only this text brought to light.
         """
         try:
             text.encode("utf-8")
@@ -116,7 +125,8 @@ class Tokenizer:
                 f"pass UTF-8 text"
             ) from None
         explicit = add_special_tokens and ("add_bos_token" in self.config or "add_eos_token" in self.config)
-        ids = self.backend.encode(text, add_special_tokens=add_special_tokens and not explicit).ids
+        with _no_panic("the tokenizer's files"):
+            ids = self.backend.encode(text, add_special_tokens=add_special_tokens and not explicit).ids
         if explicit:
             # As in transformers: these two switches, once written down, replace the post-processor of the file.
             if self.config.get("add_bos_token") and self.bos_id is not None:
@@ -130,9 +140,11 @@ class Tokenizer:
 
         Raises:
             DataError: an id is negative or not an integer.
+            CheckpointError: the tokenizer is damaged, which only these ids brought to light.
         """
         try:
-            return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
+            with _no_panic("the tokenizer's files"):
+                return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
         except (OverflowError, TypeError) as error:
             raise DataError(f"cannot decode ids: {error}: pass non-negative token ids only") from None
 
@@ -260,6 +272,20 @@ def byte_alphabet() -> dict[int, str]:
 
 
 _BYTE_OF_CHARACTER = {character: byte for byte, character in byte_alphabet().items()}
+
+
+@contextlib.contextmanager
+def _no_panic(what: str) -> Iterator[None]:
+    """Say in one line what the library did not foresee: its panics derive from BaseException."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"{what}: damaged, tokenizers fails on them ({reason}): download again"
+        ) from error
 
 
 def _replace(file: Path, text: str) -> None:

@@ -60,6 +60,11 @@ def read_json(file: Path) -> dict[str, Any]:
     return value
 
 
+def _is_id(value: object) -> bool:
+    """Whether the library can count so far: its ids are of 32 bits."""
+    return isinstance(value, int) and 0 <= value < 1 << 32
+
+
 @dataclass(frozen=True, slots=True)
 class _Added:
     """Added tokens by id, and special ones whose id is yet to be found."""
@@ -84,10 +89,11 @@ def added_tokens(folder: Path, config: Mapping[str, Any], *, normalized: bool) -
     by_id: dict[int, AddedToken] = {}
     if isinstance(table, dict):
         for key, entry in table.items():
-            index = int(key) if isinstance(key, str) and key.isdecimal() else -1
-            if index < 0 or not isinstance(entry, dict) or not isinstance(entry.get("content"), str):
+            # The length first: int() itself refuses thousands of digits.
+            index = int(key) if isinstance(key, str) and key.isdecimal() and len(key) <= 10 else -1
+            if not _is_id(index) or not isinstance(entry, dict) or not isinstance(entry.get("content"), str):
                 raise CheckpointError(
-                    f"{folder / 'tokenizer_config.json'}: added token {key!r} is malformed: download it again"
+                    f"{folder / 'tokenizer_config.json'}: added token {key[:40]!r} is malformed: download it again"
                 )
             by_id[index] = AddedToken(
                 entry["content"],
@@ -99,7 +105,7 @@ def added_tokens(folder: Path, config: Mapping[str, Any], *, normalized: bool) -
             )
     known = {token.content for token in by_id.values()}
     for content, index in read_json(folder / _ADDED).items():
-        if not isinstance(index, int) or index < 0:
+        if not _is_id(index):
             raise CheckpointError(f"{folder / _ADDED}: the id of {content!r} is {index!r}: download it again")
         if content in known:
             continue
@@ -174,7 +180,7 @@ def from_vocab_and_merges(folder: Path, config: Mapping[str, Any]) -> tuple[Back
     config = _completed(folder, config)
     kind = _class_name(folder, config, _BYTE_LEVEL)
     vocab = read_json(folder / VOCAB)
-    if not vocab or not all(isinstance(index, int) and index >= 0 for index in vocab.values()):
+    if not vocab or not all(map(_is_id, vocab.values())):
         raise CheckpointError(f"{folder / VOCAB} is no table of ids: download it again")
     if len(set(vocab.values())) != len(vocab):
         raise CheckpointError(f"{folder / VOCAB} has an id twice: download it again")

@@ -6,7 +6,7 @@ built on the meta device, so loading needs the memory of the weights and little 
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -109,66 +109,81 @@ def load_folder(
     """
     opened = open_checkpoint(folder)
     with opened.reader:
-        tokenizer = Tokenizer.from_file(folder)
-        if opened.public is None:
-            return _load_language(opened, tokenizer, dtype, device, template, system, deterministic)
-        policy = replace(read_tile_policy(folder, opened.public, opened.layout), **tiles)  # type: ignore[arg-type]
-        config = config_from_public(opened.public, policy, tie_words=opened.language.tie_words)
-        used = check_rows(tokenizer, config.language.vocab_size)
-        chosen = template or config.template
-        if chosen is None:
-            # A guess would answer, only worse: the releases differ in their turns and system messages.
-            raise TemplateError(
-                f"{Path(folder) / CONFIG} names no template: pass template=/--template (internvl2_5 for InternVL 2.5)"
-            )
+        found = outline(opened, template=template, system=system, **tiles)
+        with torch.device("meta"):
+            if isinstance(found.config, InternVLConfig):
+                model = build_internvl(found.config)
+            else:
+                model = build_language_model(found.config)
+        _only_words(model, found.used)
+        load_into(
+            model, opened.reader, opened.adapter, dtype=resolve_dtype(dtype, found.dtype), device=device
+        )
+    return ChatModel(model, found.spec, name=Path(folder).name, deterministic=deterministic)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outline:
+    """What a checkpoint folder is, before any of its weights is read.
+
+    Attributes:
+        config: the whole model, or the decoder of a language model alone.
+        spec: how its input is laid out.
+        used: leading rows of the word table that tokens have.
+        dtype: what the config says that the weights are stored in.
+    """
+
+    config: InternVLConfig | LanguageConfig
+    spec: LayoutSpec
+    used: int
+    dtype: str | None
+
+
+def outline(
+    opened: OpenedCheckpoint, *, template: str | None = None, system: str | None = None, **tiles: Any
+) -> Outline:
+    """Settle what a checkpoint is and how one talks to it; arguments and errors are those of `load_folder`."""
+    folder = opened.reader.folder
+    tokenizer = Tokenizer.from_file(folder)
+    if opened.public is None:
+        stored = opened.reader.config.get("dtype") or opened.reader.config.get("torch_dtype")
+        used = check_rows(tokenizer, opened.language.vocab_size)
         spec = LayoutSpec(
             tokenizer=tokenizer,
-            template=get_template(chosen),
-            tiles=config.tiles,
-            tokens_per_tile=config.tokens_per_tile,
-            max_length=config.language.max_positions,
-            system=config.system if system is None else system,
+            template=get_template(template or "chatml"),
+            tiles=TilePolicy(),
+            tokens_per_tile=1,
+            max_length=opened.language.max_positions,
+            system=system,
         )
-        with torch.device("meta"):
-            model = build_internvl(config)
-        _only_words(model, used)
-        load_into(
-            model,
-            opened.reader,
-            opened.adapter,
-            dtype=resolve_dtype(dtype, opened.public.dtype),
-            device=device,
+        return Outline(config=opened.language, spec=spec, used=used, dtype=stored)
+    policy = replace(read_tile_policy(folder, opened.public, opened.layout), **tiles)  # type: ignore[arg-type]
+    config = config_from_public(opened.public, policy, tie_words=opened.language.tie_words)
+    used = check_rows(tokenizer, config.language.vocab_size)
+    chosen = template or config.template
+    if chosen is None:
+        # A guess would answer, only worse: the releases differ in their turns and system messages.
+        raise TemplateError(
+            f"{folder / CONFIG} names no template: pass template=/--template (internvl2_5 for InternVL 2.5)"
         )
-    return ChatModel(model, spec, name=Path(folder).name, deterministic=deterministic)
+    spec = spec_from_config(config, tokenizer, template=chosen, system=system)
+    return Outline(config=config, spec=spec, used=used, dtype=opened.public.dtype)
+
+
+def spec_from_config(
+    config: InternVLConfig, tokenizer: Tokenizer, *, template: str, system: str | None = None
+) -> LayoutSpec:
+    """How the input of an InternVL is laid out; `system` replaces the config's message."""
+    return LayoutSpec(
+        tokenizer=tokenizer,
+        template=get_template(template),
+        tiles=config.tiles,
+        tokens_per_tile=config.tokens_per_tile,
+        max_length=config.language.max_positions,
+        system=config.system if system is None else system,
+    )
 
 
 def _only_words(model: CausalVLM, used: int) -> None:
     """Keep the padding rows after the tokenizer's `used` ids from being written."""
     model.head.used = used  # type: ignore[assignment]
-
-
-def _load_language(
-    opened: OpenedCheckpoint,
-    tokenizer: Tokenizer,
-    dtype: str | torch.dtype | None,
-    device: str | torch.device,
-    template: str | None,
-    system: str | None,
-    deterministic: bool,
-) -> ChatModel:
-    config = opened.reader.config
-    used = check_rows(tokenizer, opened.language.vocab_size)
-    with torch.device("meta"):
-        model = build_language_model(opened.language)
-    _only_words(model, used)
-    stored = config.get("dtype") or config.get("torch_dtype")
-    load_into(model, opened.reader, opened.adapter, dtype=resolve_dtype(dtype, stored), device=device)
-    spec = LayoutSpec(
-        tokenizer=tokenizer,
-        template=get_template(template or "chatml"),
-        tiles=TilePolicy(),
-        tokens_per_tile=1,
-        max_length=opened.language.max_positions,
-        system=system,
-    )
-    return ChatModel(model, spec, name=opened.reader.folder.name, deterministic=deterministic)

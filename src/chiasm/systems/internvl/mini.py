@@ -18,7 +18,7 @@ from torch import Tensor
 
 from chiasm.checkpoint.adapters import open_checkpoint
 from chiasm.checkpoint.store import CONFIG, SINGLE, CheckpointReader, read_json, write_checkpoint
-from chiasm.checkpoint.vocab import add_special_tokens, used_rows
+from chiasm.checkpoint.vocab import SPECIAL_TOKENS, add_special_tokens, used_rows
 from chiasm.checkpoint.wheel import smollm2_folder
 from chiasm.data.layout import LayoutSpec
 from chiasm.errors import CheckpointError, ConfigError
@@ -205,13 +205,13 @@ def save_bundle(
     return (Path(folder) / SINGLE).stat().st_size
 
 
-def read_bundle(folder: str | Path) -> tuple[MiniConfig, dict[str, Tensor]]:
-    """Config and weights of a saved bundle; CheckpointError, in one line, where it is damaged."""
+def read_bundle_config(folder: str | Path) -> MiniConfig:
+    """Config of a saved bundle; CheckpointError, in one line, where it is damaged."""
     folder = Path(folder)
     written = read_json(folder / CONFIG)
     try:
         lora = written["lora"]
-        config = MiniConfig(
+        return MiniConfig(
             vision=InternViTConfig.from_public(written["vision_config"], "original"),
             lora_rank=lora["rank"],
             lora_alpha=lora["alpha"],
@@ -224,8 +224,30 @@ def read_bundle(folder: str | Path) -> tuple[MiniConfig, dict[str, Tensor]]:
         raise CheckpointError(
             f"{folder / CONFIG} is not that of a whole {NAME} bundle ({reason}): reinstall chiasm, or make it again"
         ) from None
+
+
+def read_bundle(folder: str | Path) -> tuple[MiniConfig, dict[str, Tensor]]:
+    """Config and weights of a saved bundle; CheckpointError, in one line, where it is damaged."""
+    config = read_bundle_config(folder)
     with CheckpointReader(folder) as reader:
         return config, {name: reader.tensor(name) for name in reader}
+
+
+def outline_mini(folder: str | Path | None = None) -> tuple[InternVLConfig, LayoutSpec]:
+    """The whole config of the bundled model (or of a bundle) and how its input is laid out; no weights are read.
+
+    Raises CheckpointError as `load_mini` does.
+    """
+    if folder is None:
+        with as_file(files("chiasm") / "assets" / "chiasm_mini") as packaged:
+            return outline_mini(packaged)
+    opened = open_checkpoint(smollm2_folder())
+    with opened.reader as reader:
+        tokenizer = Tokenizer.from_file(reader.folder)
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    language = replace(opened.language, vocab_size=used_rows(tokenizer))
+    spec, whole = spec_of(read_bundle_config(folder), language, tokenizer)
+    return whole, spec
 
 
 def load_mini(
