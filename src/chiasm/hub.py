@@ -93,7 +93,7 @@ def hub_id(path_or_id: str | Path, revision: str | None = None) -> tuple[str, st
     Raises:
         UsageError: two revisions are given.
     """
-    if not isinstance(path_or_id, str) or path_or_id in MODELS or _existing(path_or_id) is not None:
+    if not isinstance(path_or_id, str) or path_or_id in MODELS or existing(path_or_id) is not None:
         return None
     match = _HUB_ID.fullmatch(path_or_id)
     if match is None:
@@ -103,7 +103,7 @@ def hub_id(path_or_id: str | Path, revision: str | None = None) -> tuple[str, st
     return match[1], match[2] or revision
 
 
-def _existing(path: str | Path) -> Path | None:
+def existing(path: str | Path) -> Path | None:
     """The file or folder of this name; None where there is none, or can be none (an unknown home, too long a name)."""
     try:
         found = Path(path).expanduser()
@@ -121,7 +121,7 @@ def _loader(path_or_id: str | Path, revision: str | None) -> Callable[..., ChatM
         raise UsageError(f"{path_or_id} has no revisions: only models of a hub do (OWNER/NAME)")
     if isinstance(path_or_id, str) and path_or_id in MODELS:
         return MODELS[path_or_id].load
-    folder = _existing(path_or_id)
+    folder = existing(path_or_id)
     if folder is not None:
         return lambda **given: _load_folder(folder, **given)
     name = str(path_or_id)

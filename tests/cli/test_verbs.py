@@ -23,6 +23,13 @@ ROOT = Path(__file__).resolve().parents[2]
 # --- list -----------------------------------------------------------------------------------------------------
 
 
+def test_names_that_no_folder_can_have_are_nothing(run) -> None:
+    for name in ("~nosuchuser/x", "a" * 300):
+        ran = run("show", name)
+        assert ran.code == 2
+        assert "nothing is called" in ran.error_line
+
+
 def test_list_names_everything(run: Run) -> None:
     found = json.loads(run("list", "--json").out)
     assert list(found) == list(SECTIONS)

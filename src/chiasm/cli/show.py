@@ -50,6 +50,7 @@ def describe(name: str, overrides: tuple[str, ...] = ()) -> dict[str, Any]:
         CheckpointError: a folder that cannot be understood, or a model that is not installed.
     """
     from chiasm.cli.train import RECIPE_HOMES
+    from chiasm.hub import existing
     from chiasm.text.templates import TEMPLATES
 
     if ".py:" in name or name.partition("/")[0] in RECIPE_HOMES:
@@ -64,8 +65,8 @@ def describe(name: str, overrides: tuple[str, ...] = ()) -> dict[str, Any]:
         return _folder(smollm2_folder())
     if name in TEMPLATES:
         return {"name": name, "kind": "chat template", **_fields(TEMPLATES[name], without=("name",))}
-    if Path(name).expanduser().exists():
-        return _folder(Path(name).expanduser())
+    if (folder := existing(name)) is not None:
+        return _folder(folder)
     from chiasm.systems.internvl.presets import PRESETS
 
     if name in PRESETS:

@@ -24,6 +24,9 @@ SCHEMA = 1
 
 _PARTS = {"vision": "embedder.vision.", "projector": "embedder.connect."}
 
+#: Families whose training pictures are drawn when they are needed.
+_DRAWN = ("words", "counting")
+
 #: Family -> (title, what is asked and held out, source, licence and terms).
 _FAMILIES: dict[str, tuple[str, str, str, str]] = {
     "cifar10": (
@@ -133,7 +136,7 @@ def render(results: Mapping[str, Any]) -> str:
         _scores(families),
         _perplexity(results.get("perplexity")),
         _architecture(results),
-        _data(families),
+        _data(families, results.get("training") or []),
         _training(results.get("training") or []),
         _limits(families, results.get("bundle") or {}),
         _regenerate(families, results.get("training") or []),
@@ -277,7 +280,7 @@ def _architecture(results: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _data(families: Mapping[str, Any]) -> str:
+def _data(families: Mapping[str, Any], stages: list[Mapping[str, Any]]) -> str:
     lines = [
         "## Data and licences",
         "",
@@ -287,7 +290,14 @@ def _data(families: Mapping[str, Any]) -> str:
     for name, family in families.items():
         title, asked, source, licence = _FAMILIES.get(name, (name, "", "", ""))
         asked = f'"{family["question"]}": {asked}'
-        sizes = ", ".join(f"{count:,} {split}" for split, count in family.get("pictures", {}).items())
+        pictures = dict(family.get("pictures", {}))
+        shown = _shown(stages, name)
+        if name in _DRAWN and shown:  # a training split without end: its nominal size says nothing
+            pictures.pop("train", None)
+        sizes = [f"{count:,} {split}" for split, count in pictures.items()]
+        if shown:
+            sizes.append(f"in training {shown:,} {'drawn' if name in _DRAWN else 'shown'} in all")
+        sizes = ", ".join(sizes)
         lines.append(f"| {title} | {asked} | {sizes} | {source} | {licence} |")
     lines += [
         "",
@@ -305,6 +315,16 @@ def _data(families: Mapping[str, Any]) -> str:
             "scored on the official test set, which it has partly seen."
         )
     return "\n".join(lines)
+
+
+def _shown(stages: list[Mapping[str, Any]], family: str) -> int:
+    """How many pictures of a family the training stages looked at, to the thousand."""
+    total = 0.0
+    for stage in stages:
+        weights = stage.get("weights") or {}
+        share = weights.get(family, 0.0) / (sum(weights.values()) or 1.0)
+        total += (stage.get("steps") or 0) * (stage.get("batch") or 0) * share
+    return round(total, -3 if total >= 1000 else None)
 
 
 def _training(stages: list[Mapping[str, Any]]) -> str:
