@@ -324,7 +324,7 @@ def _shown(stages: list[Mapping[str, Any]], family: str) -> int:
         weights = stage.get("weights") or {}
         share = weights.get(family, 0.0) / (sum(weights.values()) or 1.0)
         total += (stage.get("steps") or 0) * (stage.get("batch") or 0) * share
-    return round(total, -3 if total >= 1000 else None)
+    return int(round(total, -3)) if total >= 1000 else round(total)
 
 
 def _training(stages: list[Mapping[str, Any]]) -> str:
