@@ -167,10 +167,10 @@ def _understand(name: str, max_tiles: int | None, template: str | None, system: 
     from dataclasses import replace
     from pathlib import Path
 
-    from chiasm.hub import MODELS, _model_type
+    from chiasm.hub import MODELS, model_type
 
     folder = Path(name).expanduser()
-    if name == "chiasm-mini" or (folder.is_dir() and _model_type(folder) == "chiasm-mini"):
+    if name == "chiasm-mini" or (folder.is_dir() and model_type(folder) == "chiasm-mini"):
         from chiasm.systems.internvl.mini import outline_mini
 
         config, spec = outline_mini(None if name == "chiasm-mini" else folder)
