@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -221,6 +222,16 @@ def test_a_language_model_of_another_width(tmp_path: Path) -> None:
     assert not changed(tmp_path / "b", tmp_path / "c")
     assert "mlp1.1.weight" in changed(tmp_path / "b", tmp_path / "d")
     assert load_folder(tmp_path / "b", system="").chat("Hi", max_new_tokens=2).token_ids
+
+
+def test_a_language_model_of_another_dtype_is_noted(tmp_path: Path) -> None:
+    words = language_model(tmp_path / "words", "llama", rows=0)
+    for dtype, said in (("float32", 1), ("bfloat16", 0)):  # its tensors are bfloat16
+        a = source(tmp_path / dtype)
+        config = read_json(a / "config.json")
+        (a / "config.json").write_text(json.dumps(config | {"torch_dtype": dtype}))
+        notes = convert(a, tmp_path / f"of-{dtype}", "original", language=words).notes
+        assert sum("load it with one dtype" in note for note in notes) == said
 
 
 def test_language_models_that_do_not_go(tmp_path: Path) -> None:

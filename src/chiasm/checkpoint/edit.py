@@ -198,6 +198,9 @@ def with_language(draft: Draft, folder: str | Path, *, template: str | None = No
     language = replace(opened.language, vocab_size=grown.words_VC.shape[0])
     old, new = draft.language.hidden_size, language.hidden_size
     notes = () if old == new else (f"the projector was drawn anew ({old} -> {new} wide): train it",)
+    stated, found = draft.public.dtype, str(words.dtype).removeprefix("torch.")
+    if stated and stated != found:
+        notes += (f"the language model stays in {found}, the encoder in {stated}: load it with one dtype",)
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         drawn = None
