@@ -39,6 +39,7 @@ __all__ = [
     "TableAdapter",
     "Unmapped",
     "adapter_for",
+    "count_by_part",
     "detect_layout",
     "entries",
     "load_into",
@@ -108,6 +109,15 @@ class StateDictAdapter(Protocol):
     def unmapped(self, reader: CheckpointReader) -> Unmapped:
         """What the checkpoint lacks, holds beyond the plan, or holds in another shape."""
         ...
+
+
+def count_by_part(sizes: Iterable[tuple[str, int]]) -> dict[str, int]:
+    """Parameters by part from (native name, numbers in it); what is neither encoder nor projector is language."""
+    counts = {"vision": 0, "projector": 0, "language": 0}
+    parts = {"embedder.vision.": "vision", "embedder.connect.": "projector"}
+    for name, size in sizes:
+        counts[next((part for prefix, part in parts.items() if name.startswith(prefix)), "language")] += size
+    return counts
 
 
 def entries(

@@ -130,7 +130,7 @@ def _bundle(folder: Path) -> dict[str, Any]:
 
 def _folder(folder: Path) -> dict[str, Any]:
     """Layout, sizes and settings of a checkpoint folder."""
-    from chiasm.checkpoint.adapters import open_checkpoint
+    from chiasm.checkpoint.adapters import count_by_part, open_checkpoint
     from chiasm.hub import model_type
 
     if folder.is_dir() and model_type(folder) == "chiasm-mini":
@@ -138,10 +138,7 @@ def _folder(folder: Path) -> dict[str, Any]:
     opened = open_checkpoint(folder)
     with opened.reader as reader:
         opened.adapter.check(reader)
-        counts = {"vision": 0, "projector": 0, "language": 0}
-        for entry in opened.adapter.plan:
-            part = {"embedder.vision": "vision", "embedder.connect": "projector"}
-            counts[part.get(".".join(entry.native.split(".")[:2]), "language")] += math.prod(entry.shape)
+        counts = count_by_part((entry.native, math.prod(entry.shape)) for entry in opened.adapter.plan)
         types = sorted({str(reader.dtype(key)).removeprefix("torch.") for key in reader})
         facts: dict[str, Any] = {
             "name": folder.resolve().name,

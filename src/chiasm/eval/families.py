@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from chiasm.checkpoint.adapters import count_by_part
 from chiasm.data.layout import prompt_text
 from chiasm.errors import DataError, UsageError
 from chiasm.eval.controls import blank_like, derangement, fashion_linear, grey_level, majority
@@ -287,15 +288,5 @@ def describe(model: ChatModel) -> dict[str, Any]:
         "system": spec.system if spec.system is not None else spec.template.system,
         "tiles": dataclasses.asdict(spec.tiles),
         "tokens_per_tile": spec.tokens_per_tile,
-        "parameters": _count(model),
+        "parameters": count_by_part((name, p.numel()) for name, p in model.model.named_parameters()),
     }
-
-
-def _count(model: ChatModel) -> dict[str, int]:
-    """Parameters by part; shared ones count once, and what is neither encoder nor projector is language."""
-    counts = {"vision": 0, "projector": 0, "language": 0}
-    parts = {"embedder.vision.": "vision", "embedder.connect.": "projector"}
-    for name, parameter in model.model.named_parameters():
-        part = next((part for prefix, part in parts.items() if name.startswith(prefix)), "language")
-        counts[part] += parameter.numel()
-    return counts

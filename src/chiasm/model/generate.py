@@ -157,8 +157,12 @@ class Decoding:
         """What is read in this step: the next row of every document, or all rows of one that starts over."""
         if self._switch is None:
             return following
+        lengths = [self._cache.trunk.lengths[n] for n in range(len(self._live))]
+        if all(length > self._switch for length in lengths):  # nothing will have to be read again
+            self._read.clear()
+            return following
         self._read.append((self._live, following))
-        over = [n for n in range(len(self._live)) if self._cache.trunk.lengths[n] == self._switch]
+        over = [n for n, length in enumerate(lengths) if length == self._switch]
         if not over:
             return following
         pieces = following.split()

@@ -239,7 +239,7 @@ class DistillData:
     """Share of made-up words among them."""
     counting: int = 100_000
     warped: tuple[str, ...] = ("cifar10",)
-    """Families that are shifted and zoomed. Not garments: their held-out pictures are as well centred as these."""
+    """Families that are shifted and zoomed. Not garments: Fashion-MNIST centres all its pictures."""
     seed: int = 1
     """Seed of the rendered worlds; the teacher's features are for seed 1 (``worlds.distill``)."""
     teacher: str | None = "teacher.npz"

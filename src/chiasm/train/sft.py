@@ -42,8 +42,8 @@ def slow_document(sample: Sample, spec: LayoutSpec) -> Row:
 def spell_answer(row: Row, tokenizer: Tokenizer, power: float) -> Row:
     """Return a one-answer document whose answer is written with one token a character.
 
-    The text stays the same, only its division into tokens changes: what is learned is to read letter by letter,
-    which carries over to words that were never an answer; whole-word tokens do not.
+    The text stays the same, only its division into tokens changes: a word that was never an answer can then be
+    written with tokens that were.
 
     Args:
         row: one training document of `layout`, its answer behind all media.

@@ -3,8 +3,8 @@
 What: ``whiten_patches_`` (the patch projection starts as a damped PCA whitening of real patches) and
 ``sincos_positions_`` (positions start as 2-D sines and cosines). Both only choose initial values; every weight is
 trained afterwards.
-Why: pixel patches are dominated by their mean colour, with the edges that matter some hundred times weaker. A random
-projection passes that imbalance on; whitening removes it. Measured in the ``mini_distill`` recipe, see its docstring.
+Why: pixel patches are dominated by their mean colour, with the edges that matter far weaker. A random
+projection passes that imbalance on; whitening removes it.
 Sources: whitened first layers as in fast CIFAR-10 training; sine-cosine positions as in plain ViT baselines
 (arXiv 2205.01580).
 

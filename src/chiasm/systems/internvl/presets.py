@@ -14,7 +14,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from chiasm.checkpoint.adapters import entries
+from chiasm.checkpoint.adapters import count_by_part, entries
 from chiasm.errors import ConfigError
 from chiasm.media.tiles import TilePolicy
 from chiasm.parts.language.config import LanguageConfig
@@ -56,12 +56,8 @@ def preset(name: str) -> InternVLConfig:
 
 def parameters(config: InternVLConfig) -> dict[str, int]:
     """Parameters by part: vision, projector, language."""
-    counts = {"vision": 0, "projector": 0, "language": 0}
     plan = entries(language=config.language, vision=config.vision, downsample_ratio=config.downsample)
-    for entry in plan:
-        part = {"embedder.vision": "vision", "embedder.connect": "projector"}
-        counts[part.get(".".join(entry.native.split(".")[:2]), "language")] += math.prod(entry.shape)
-    return counts
+    return count_by_part((entry.native, math.prod(entry.shape)) for entry in plan)
 
 
 def _qwen(
