@@ -48,6 +48,7 @@ def load(
     device: str | torch.device | None = None,
     deterministic: bool = False,
     revision: str | None = None,
+    quantize: str | None = None,
     **options: Any,
 ) -> ChatModel:
     """Load a model that answers questions about pictures.
@@ -60,6 +61,8 @@ def load(
         device: "cpu", "cuda", "cuda:1", "mps"; None takes the first CUDA GPU where there is one.
         deterministic: answers of `batch` are bit-equal to those one by one.
         revision: branch, tag or commit of a checkpoint on a hub; None for its default branch.
+        quantize: weights to round for speed and memory: "int8", "int4" or "w8a8" for the language model,
+            "vision-w8a8" for the encoder, or both joined by "+" (see docs/speed.md for what each costs).
         options: `template` and `system` override the checkpoint's own; fields of `TilePolicy` (`max_tiles=6`,
             `resize="fast"`) override how pictures are cut.
 
@@ -67,7 +70,7 @@ def load(
         CheckpointError: no such model, its files are incomplete or do not fit, or they cannot be downloaded.
         ConfigError: unknown dtype, or a device that this machine does not have.
         TemplateError: unknown template.
-        UsageError: an option that the model does not have, or a revision of what has none.
+        UsageError: an option that the model does not have, a revision of what has none, or unknown words in quantize.
         MissingExtraError: the model is to be downloaded and huggingface_hub is not installed.
     """
     loader = _loader(path_or_id, revision)
@@ -79,7 +82,13 @@ def load(
         from chiasm.text.templates import get_template
 
         get_template(options["template"])
-    return loader(dtype=dtype, device=_device(device), deterministic=deterministic, **options)
+    if quantize is not None:
+        from chiasm.model.quantize import Quantization
+
+        Quantization.parse(quantize)
+    return loader(
+        dtype=dtype, device=_device(device), deterministic=deterministic, quantize=quantize, **options
+    )
 
 
 def names() -> tuple[str, ...]:
@@ -228,7 +237,7 @@ def _tile_options() -> frozenset[str]:
 
 def _checked(given: dict[str, Any], tiles: frozenset[str]) -> dict[str, Any]:
     """The options without those left at None; UsageError for one that the model does not have."""
-    known = {"dtype", "device", "deterministic", "template", "system"} | tiles
+    known = {"dtype", "device", "deterministic", "quantize", "template", "system"} | tiles
     for name in given:
         if name not in known and given[name] is not None:
             why = "" if tiles else " for this model, which does not cut pictures into tiles"

@@ -535,6 +535,7 @@ def load_into(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
+    loaded: Callable[[str, nn.Module], None] | None = None,
 ) -> nn.Module:
     """Load a checkpoint into a module that was built on the meta device (or anywhere: its tensors are replaced).
 
@@ -548,6 +549,8 @@ def load_into(
         adapter: from the checkpoint's names to the module's.
         dtype: of floating parameters; None keeps what is stored.
         device: where they go.
+        loaded: told the path of every submodule as soon as all of its own parameters are there, and may replace it
+            (so that weights can be rounded while the next ones are still in the file).
 
     Returns:
         The module.
@@ -557,13 +560,14 @@ def load_into(
     """
     places = _places(module)
     left = {name: tuple(owner.get_parameter(leaf).shape) for name, (owner, leaf) in places.items()}
+    known = frozenset(places)
     by_id: dict[int, list[str]] = {}
     for name, (owner, leaf) in places.items():
         by_id.setdefault(id(owner._parameters[leaf]), []).append(name)
     aliases = {name: names for names in by_id.values() for name in names}
     stray: dict[str, Shape] = {}
     for name, tensor in adapter.from_public(reader, dtype=dtype, device=device):
-        if name not in places:
+        if name not in known:
             stray[name] = tuple(tensor.shape)
             continue
         if name not in left:  # a second name of a parameter that is already loaded
@@ -580,6 +584,15 @@ def load_into(
             owner._parameters[leaf] = new
             del left[alias]
         del tensor, new, old
+        for alias in aliases[name]:
+            path = alias.rpartition(".")[0]
+            owner = places[alias][0]
+            own = [f"{path}.{leaf}" if path else leaf for leaf in owner._parameters]
+            if loaded is not None and not any(part in left for part in own):
+                for part in own:  # what `loaded` may replace must not be kept alive from here
+                    places.pop(part, None)
+                loaded(path, owner)
+        del owner
     if left or stray:
         said = [f"it lacks {_listed(left)}"] if left else []
         said += [f"the model has no place for {_listed(stray)}"] if stray else []

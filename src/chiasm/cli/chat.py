@@ -139,6 +139,14 @@ def chat_command(
         str | None,
         typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, mps; default: an NVIDIA GPU if there is one."),
     ] = None,
+    quantize: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOW",
+            help="Round weights for speed and memory: int8, int4, int4-128 or w8a8 for the language model, vision-w8a8 "
+            "for the encoder; joined by +.",
+        ),
+    ] = None,
     deterministic: Annotated[
         bool, typer.Option("--deterministic", help="The same bits whatever else is answered with it.")
     ] = False,
@@ -182,6 +190,7 @@ def chat_command(
             revision=revision,
             dtype=dtype,
             device=device,
+            quantize=quantize,
             deterministic=deterministic,
             system=system,
             template=template,

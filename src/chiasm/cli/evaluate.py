@@ -39,6 +39,7 @@ def evaluate(
     card: bool = False,
     runs: Sequence[Path] = (),
     device: str | None = None,
+    quantize: str | None = None,
 ) -> dict[str, Any]:
     """Evaluate a model and return the results; they are also written to ``out/results.json``.
 
@@ -54,6 +55,7 @@ def evaluate(
         card: families and perplexity, then write README.md and results.json beside the model's weights.
         runs: run folders of the training stages in order, for the card.
         device: where the model runs.
+        quantize: weights to round, as for ``chiasm.load``.
 
     Raises:
         UsageError: contradicting options, unknown families.
@@ -64,17 +66,20 @@ def evaluate(
     from chiasm.hub import load
     from chiasm.train.run import environment
 
+    if card and quantize:
+        raise UsageError("the card reports the model as it is: leave out --quantize")
     if card and (split != "test" or n is not None):
         raise UsageError("the card reports the fixed items of the test split: leave out --split and --n")
     if perplexity and not card and families:
         raise UsageError("--perplexity measures text alone: leave out --families, or use --card to have both")
     chosen = _families(families) if card or not perplexity else []
     bundle = _bundle(model) if card or perplexity else None
-    folder = out if out is not None else Path("runs") / "eval" / f"{Path(model).name}-{split}"
+    how = f"-{quantize}" if quantize else ""
+    folder = out if out is not None else Path("runs") / "eval" / f"{Path(model).name}-{split}{how}"
     facts = environment()
     reporter = _Reporter()
     results: dict[str, Any] = {"environment": facts, "training": _stages(runs, bundle)}
-    chat = load(model, device=device) if chosen else None
+    chat = load(model, device=device, quantize=quantize) if chosen else None
     if chat is not None:
         results["model"] = describe(chat)
         with reporter:
@@ -91,7 +96,7 @@ def evaluate(
             )
     if bundle is not None:
         with reporter:
-            results["perplexity"] = _perplexity(bundle, chat, facts, folder, device, reporter)
+            results["perplexity"] = _perplexity(bundle, chat, facts, folder, device, quantize, reporter)
         results.setdefault("model", results["perplexity"]["manifest"]["adapted"]["model"])
     if not card:
         results = {**_earlier(folder / "results.json", results["model"]), **results}
@@ -148,6 +153,7 @@ def _perplexity(
     facts: Mapping[str, Any],
     folder: Path,
     device: str | None,
+    quantize: str | None,
     reporter: _Reporter,
 ) -> dict[str, Any]:
     from chiasm.eval.families import describe
@@ -157,7 +163,10 @@ def _perplexity(
     text = load_text()
 
     def opened(adapt: bool) -> tuple[Any, Any, dict[str, Any]]:
-        mini = chat if chat is not None and adapt else load_mini(bundle, device=device or "cpu", adapt=adapt)
+        if chat is not None and adapt:
+            mini = chat
+        else:
+            mini = load_mini(bundle, device=device or "cpu", adapt=adapt, quantize=quantize)
         return mini.model, mini.spec.tokenizer, describe(mini)
 
     return measure_perplexity(
@@ -343,6 +352,9 @@ def eval_command(
     device: Annotated[
         str | None, typer.Option(metavar="NAME", help="cpu, cuda, …; default: an NVIDIA GPU if there is one.")
     ] = None,
+    quantize: Annotated[
+        str | None, typer.Option(metavar="HOW", help="Round weights, as for chiasm chat.")
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads of PyTorch.")] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the whole results as one JSON object.")
@@ -364,5 +376,6 @@ def eval_command(
         card=card,
         runs=tuple(runs or ()),
         device=device,
+        quantize=quantize,
     )
     print(json.dumps(results, ensure_ascii=False) if as_json else table(results))

@@ -272,18 +272,24 @@ def describe(model: ChatModel) -> dict[str, Any]:
     """
     import torch
 
+    from chiasm.nn.quant import Int4Linear, Int8Linear
+
     spec = model.spec
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(model.model.state_dict().items()):
         raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(raw.numpy().data)
+    for name, module in sorted(model.model.named_modules()):  # rounded weights are in no state dict
+        if isinstance(module, Int8Linear | Int4Linear):
+            digest.update(f"{name} {module.checksum}".encode())
     first = next(model.model.parameters())
     return {
         "name": model.name,
         "weights": digest.hexdigest(),
         "dtype": str(first.dtype).removeprefix("torch."),
         "device": first.device.type,
+        **({"quantize": model.model.quantized} if model.model.quantized else {}),
         "template": spec.template.name,
         "system": spec.system if spec.system is not None else spec.template.system,
         "tiles": dataclasses.asdict(spec.tiles),

@@ -184,6 +184,8 @@ def window_nll(model: CausalVLM, ids_WL: Tensor, *, chunk: int = 256) -> list[fl
         chunk: rows of the head's product.
     """
     W, L = ids_WL.shape
+    if getattr(model.head, "rounded", None) is not None:  # its product has no weight to be cut into pieces
+        return window_nll_reference(model, ids_WL)
     packed = Rows.pack([Rows.of_text(row) for row in ids_WL.tolist()]).to(model.device)
     hidden_WLC = model.hidden(packed).view(W, L, -1)
     weight_VC = model.head.weight[: model.head.used]  # pyright: ignore[reportIndexIssue]  # padding is no word

@@ -24,6 +24,8 @@ class CausalVLM(nn.Module):
     def __init__(self, embedder: nn.Module, trunk: nn.Module, head: nn.Module) -> None:
         super().__init__()
         self.embedder, self.trunk, self.head = embedder, trunk, head
+        self.quantized: str | None = None
+        """How its weights have been rounded, see `chiasm.model.quantize`."""
 
     @property
     def device(self) -> torch.device:

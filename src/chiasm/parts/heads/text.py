@@ -27,9 +27,13 @@ class TextHead(nn.Module):
         self.weight = nn.Parameter(torch.empty(vocab_size, width)) if tied is None else tied
         self.used: int | None = None
         """Leading rows that tokens have (U); None means all. Loaders set it from the tokenizer."""
+        self.rounded: nn.Module | None = None
+        """(N, C) -> (N, U) with rounded weights, in the place of `weight` (see `chiasm.model.quantize`)."""
 
     def logits(self, hidden_NC: Tensor) -> Tensor:
         """(N, C) -> (N, U) float32."""
+        if self.rounded is not None:
+            return self.rounded(hidden_NC).float()
         return F.linear(hidden_NC, self.weight[: self.used]).float()
 
     def loss(
@@ -44,6 +48,8 @@ class TextHead(nn.Module):
         weight_T = sequence.weight_T
         if weight_T is None:
             weight_T = torch.ones(len(sequence), device=hidden_TC.device)
+        if self.rounded is not None:
+            raise DataError("a head with rounded weights has no loss: load the model without quantize")
         total, weight = cross_entropy(hidden_TC, self.weight, sequence.labels_T, weight_T)
         return LossParts({"text": LossPart(total, weight)})
 

@@ -23,6 +23,7 @@ from chiasm.errors import ConfigError, TemplateError, UsageError
 from chiasm.media.tiles import TilePolicy
 from chiasm.model.causal import CausalVLM
 from chiasm.model.chat import ChatModel
+from chiasm.model.quantize import Quantization, Rounding
 from chiasm.parts.contracts import Embedded, ModelCache
 from chiasm.parts.embed import WordTable
 from chiasm.parts.heads.text import TextHead
@@ -94,6 +95,7 @@ def load_folder(
     template: str | None = None,
     system: str | None = None,
     deterministic: bool = False,
+    quantize: str | None = None,
     **tiles: Any,
 ) -> ChatModel:
     """Load a checkpoint folder (original or -hf InternVL, or a language model alone).
@@ -101,6 +103,7 @@ def load_folder(
     Args:
         dtype: "float32", "bfloat16", "float16", "auto" or None (as stored).
         template: chat template, where the checkpoint's own is to be overridden. system: likewise its message.
+        quantize: weights to round while they are loaded, see `chiasm.model.quantize`.
         tiles: fields of `TilePolicy` to override, for instance `max_tiles=6`, `resize="fast"`.
 
     Raises:
@@ -116,9 +119,17 @@ def load_folder(
             else:
                 model = build_language_model(found.config)
         _only_words(model, found.used)
+        rounding = Rounding(model, Quantization.parse(quantize)) if quantize else None
         load_into(
-            model, opened.reader, opened.adapter, dtype=resolve_dtype(dtype, found.dtype), device=device
+            model,
+            opened.reader,
+            opened.adapter,
+            dtype=resolve_dtype(dtype, found.dtype),
+            device=device,
+            loaded=None if rounding is None else rounding.layer,
         )
+        if rounding is not None:
+            rounding.finish()
     return ChatModel(model, found.spec, name=Path(folder).name, deterministic=deterministic)
 
 

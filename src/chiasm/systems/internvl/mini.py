@@ -25,6 +25,7 @@ from chiasm.errors import CheckpointError, ConfigError
 from chiasm.media.tiles import TilePolicy
 from chiasm.model.causal import CausalVLM
 from chiasm.model.chat import ChatModel
+from chiasm.model.quantize import quantize_model
 from chiasm.nn.lora import apply_lora, fused_splits, merge_lora
 from chiasm.parts.connect.projector import Projector
 from chiasm.parts.embed import WordTable
@@ -257,6 +258,7 @@ def load_mini(
     device: str | torch.device = "cpu",
     deterministic: bool = False,
     adapt: bool = True,
+    quantize: str | None = None,
 ) -> ChatModel:
     """The bundled model, ready to answer; adapters are merged into the language model.
 
@@ -264,10 +266,12 @@ def load_mini(
         folder: a bundle of one's own training; default the one in the package.
         dtype: default float32 (small enough, and the same on every machine).
         adapt: False leaves the language model as it was (for measuring what the adapters cost it).
+        quantize: weights to round, see `chiasm.model.quantize`.
     """
     if folder is None:
         with as_file(files("chiasm") / "assets" / "chiasm_mini") as packaged:
-            return load_mini(packaged, dtype=dtype, device=device, deterministic=deterministic, adapt=adapt)
+            given = {"dtype": dtype, "device": device, "deterministic": deterministic}
+            return load_mini(packaged, **given, adapt=adapt, quantize=quantize)  # type: ignore[arg-type]
     config, state = read_bundle(folder)
     model, spec = build_mini(config)
     load_trained(model, state)
@@ -278,6 +282,8 @@ def load_mini(
                     value.zero_()
     merge_lora(model.trunk)
     model.to(device=device, dtype=resolve_dtype(dtype))
+    if quantize:
+        quantize_model(model, quantize)
     return ChatModel(model, spec, name=NAME, deterministic=deterministic)
 
 
