@@ -13,6 +13,7 @@ from chiasm.nn.vit import (
     VitAttention,
     VitBlock,
     VitMLP,
+    attend_by_head,
     drop_path_rates,
     init_vit,
     resize_positions,
@@ -43,6 +44,24 @@ def test_attention_gradients_equal_its_twin() -> None:
     fast = torch.autograd.grad((attn(x) * upstream).sum(), wanted)
     slow = torch.autograd.grad((attn.forward_reference(x) * upstream).sum(), wanted)
     torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [1, 65, 700])
+def test_attention_by_head_equals_its_twin(tokens: int) -> None:
+    attn = VitAttention(32, 2).bfloat16()
+    x = torch.randn(2, tokens, 32).bfloat16()
+    q, k, v = (y.unflatten(-1, (2, 16)).transpose(1, 2) for y in attn.qkv(x).detach().chunk(3, dim=-1))
+    wanted = F.scaled_dot_product_attention(q.double(), k.double(), v.double()).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(attend_by_head(q, k, v).double(), wanted, rtol=0, atol=2e-2)
+    exact = attend_by_head(q.float(), k.float(), v.float(), rows=64)
+    torch.testing.assert_close(exact.double(), wanted, rtol=1e-5, atol=1e-5)
+    plain = attn(x)
+    attn.by_head = True
+    with torch.no_grad():
+        torch.testing.assert_close(attn(x), plain, rtol=0, atol=2e-2)
+    graded = attn(x.requires_grad_())  # the fused form, whose gradient is known
+    graded.sum().backward()
+    assert x.grad is not None
 
 
 def test_images_do_not_see_each_other() -> None:

@@ -103,6 +103,9 @@ class Rounding:
             for module in self._model.embedder.modules():
                 if isinstance(module, VitAttention):
                     module.by_head = True
+            remembered = getattr(self._model.embedder, "features", None)
+            if remembered is not None:
+                remembered.clear()  # what the encoder said before it was rounded
         head = self._model.head
         if self._how.language and isinstance(head, TextHead):
             rows = head.weight[: head.used].detach()

@@ -345,7 +345,7 @@ def _codes(x_MK: Tensor, floor: float | None) -> tuple[Tensor, Tensor]:
             codes.copy_((x / step).round_())
         else:
             step.copy_(_step(x.amax(1, keepdim=True) + floor, 255, narrow))
-            codes.copy_(x.add_(floor).div_(step).round_().clamp_(0, 255).sub_(128))
+            codes.copy_((x + floor).div_(step).round_().clamp_(0, 255).sub_(128))
     return _unsigned(codes_MK), step_M1
 
 
