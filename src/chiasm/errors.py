@@ -19,6 +19,7 @@ __all__ = [
     "DataError",
     "ImageError",
     "MissingExtraError",
+    "NumericsError",
     "TemplateError",
     "UsageError",
     "missing_extra",
@@ -59,6 +60,10 @@ class DataError(ChiasmError):
 
 class ContextOverflowError(ChiasmError):
     """The sequence is longer than the model's context window."""
+
+
+class NumericsError(ChiasmError):
+    """What was computed is not a number: the range of a dtype was passed."""
 
 
 class MissingExtraError(ChiasmError):

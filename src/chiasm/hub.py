@@ -10,7 +10,7 @@ import dataclasses
 import json
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,7 +45,7 @@ def load(
     path_or_id: str | Path = "chiasm-mini",
     *,
     dtype: str | torch.dtype | None = None,
-    device: str | torch.device | None = None,
+    device: str | torch.device | Sequence[str | torch.device] | None = None,
     deterministic: bool = False,
     revision: str | None = None,
     quantize: str | None = None,
@@ -57,8 +57,10 @@ def load(
         path_or_id: a name of `names()`, or a checkpoint folder (InternVL in its original or -hf layout, a language
             model alone of a family that InternVL builds on, or a chiasm-mini of one's own training), or the id of
             such a checkpoint on a model hub, ``OWNER/NAME`` or ``OWNER/NAME@REVISION`` (extra ``hub``).
-        dtype: "float32", "bfloat16", "float16", "auto", a torch dtype, or None for what is stored.
-        device: "cpu", "cuda", "cuda:1", "mps"; None takes the first CUDA GPU where there is one.
+        dtype: "float32", "bfloat16", "float16", "auto", a torch dtype, or None for what is stored (float16 in the place
+            of bfloat16 on a GPU without it).
+        device: "cpu", "cuda", "cuda:1", "mps"; None takes the first CUDA GPU where there is one. Several
+            ("cuda:0,cuda:1" or a list), or "auto" for all CUDA GPUs, share the layers of a model that one cannot hold.
         deterministic: answers of `batch` are bit-equal to those one by one.
         revision: branch, tag or commit of a checkpoint on a hub; None for its default branch.
         quantize: weights to round for speed and memory: "int8", "int4" or "w8a8" for the language model,
@@ -87,7 +89,7 @@ def load(
 
         Quantization.parse(quantize)
     return loader(
-        dtype=dtype, device=_device(device), deterministic=deterministic, quantize=quantize, **options
+        dtype=dtype, device=_devices(device), deterministic=deterministic, quantize=quantize, **options
     )
 
 
@@ -181,6 +183,9 @@ def _load_mini(*, folder: Path | None = None, **given: Any) -> ChatModel:
     from chiasm.text.templates import get_template
 
     max_tiles = given.pop("max_tiles", None)
+    devices: Any = given.get("device")
+    if isinstance(devices, tuple):
+        given["device"] = devices[0]  # it is small enough for any one of them
     given = _checked(given, frozenset())
     if max_tiles is not None:
         _ = TilePolicy(max_tiles=max_tiles)  # ConfigError unless it is a whole number of at least 1
@@ -243,6 +248,24 @@ def _checked(given: dict[str, Any], tiles: frozenset[str]) -> dict[str, Any]:
             why = "" if tiles else " for this model, which does not cut pictures into tiles"
             raise UsageError(f"option {name!r} is not known{why}: use one of {', '.join(sorted(known))}")
     return {name: value for name, value in given.items() if value is not None}
+
+
+def _devices(
+    device: str | torch.device | Sequence[str | torch.device] | None,
+) -> torch.device | tuple[torch.device, ...]:
+    """The device meant, or several."""
+    import torch
+
+    if device == "auto":
+        device = [f"cuda:{n}" for n in range(torch.cuda.device_count())] or "cpu"
+    if isinstance(device, str) and "," in device:
+        device = [name.strip() for name in device.split(",")]
+    if device is None or isinstance(device, str | torch.device):
+        return _device(device)
+    chosen = [_device(one) for one in device]
+    if not chosen or len(set(chosen)) < len(chosen):
+        raise ConfigError(f"device {list(map(str, device))}: name at least one, and each once")
+    return tuple(chosen) if len(chosen) > 1 else chosen[0]
 
 
 def _device(device: str | torch.device | None) -> torch.device:

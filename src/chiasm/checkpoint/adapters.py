@@ -49,6 +49,7 @@ __all__ = [
 Layout = Literal["original", "hf", "hf-old", "text"]
 
 Shape = tuple[int, ...]
+Devices = torch.device | str | Callable[[str], torch.device]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +96,7 @@ class StateDictAdapter(Protocol):
         reader: CheckpointReader,
         *,
         dtype: torch.dtype | None = None,
-        device: torch.device | str = "cpu",
+        device: Devices = "cpu",
     ) -> Iterator[tuple[str, Tensor]]:
         """Yield (native name, tensor); each tensor is the caller's own, not a view of the file."""
         ...
@@ -265,7 +266,7 @@ class TableAdapter:
         reader: CheckpointReader,
         *,
         dtype: torch.dtype | None = None,
-        device: torch.device | str = "cpu",
+        device: Devices = "cpu",
     ) -> Iterator[tuple[str, Tensor]]:
         """Yield (native name, tensor) in the order of the plan.
 
@@ -275,14 +276,15 @@ class TableAdapter:
         Args:
             reader: the checkpoint.
             dtype: of floating tensors; None keeps each tensor's own.
-            device: where they go.
+            device: where they go: one for all, or a function of the native name.
 
         Raises:
             CheckpointError: names or shapes do not fit the plan (said before the first tensor), or reading fails.
         """
         self.check(reader)
         for entry in self.plan:
-            yield entry.native, self.read(reader, entry, dtype=dtype, device=device)
+            there = device(entry.native) if callable(device) else device
+            yield entry.native, self.read(reader, entry, dtype=dtype, device=there)
 
     def read(
         self,
@@ -534,7 +536,7 @@ def load_into(
     adapter: StateDictAdapter,
     *,
     dtype: torch.dtype | None = None,
-    device: torch.device | str = "cpu",
+    device: Devices = "cpu",
     loaded: Callable[[str, nn.Module], None] | None = None,
 ) -> nn.Module:
     """Load a checkpoint into a module that was built on the meta device (or anywhere: its tensors are replaced).
@@ -548,7 +550,7 @@ def load_into(
         reader: the checkpoint.
         adapter: from the checkpoint's names to the module's.
         dtype: of floating parameters; None keeps what is stored.
-        device: where they go.
+        device: where they go: one for all, or a function of the parameter's name.
         loaded: told the path of every submodule as soon as all of its own parameters are there, and may replace it
             (so that weights can be rounded while the next ones are still in the file).
 

@@ -137,7 +137,11 @@ def chat_command(
     ] = None,
     device: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, mps; default: an NVIDIA GPU if there is one."),
+        typer.Option(
+            metavar="NAME",
+            help="cpu, cuda, cuda:1, mps; default: an NVIDIA GPU if there is one. Several, as cuda:0,cuda:1 or auto, "
+            "share a model that one cannot hold.",
+        ),
     ] = None,
     quantize: Annotated[
         str | None,

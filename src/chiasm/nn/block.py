@@ -143,6 +143,9 @@ class Block(nn.Module):
         cache: KVCache | None = None,
         layer: int = 0,
     ) -> Tensor:
-        """(T, C) -> (T, C)."""
-        x_TC = x_TC + self.attn(self.norm1(x_TC), table, segments, cache, layer)
-        return x_TC + self.ffn(self.norm2(x_TC), kind_T)
+        """(T, C) -> (T, C). With a float16 `table`, attention and feed-forward compute in that, x may be float32."""
+        half = table[0].dtype == torch.float16
+        h_TC = self.norm1(x_TC)
+        x_TC = x_TC + self.attn(h_TC.half() if half else h_TC, table, segments, cache, layer)
+        h_TC = self.norm2(x_TC)
+        return x_TC + self.ffn(h_TC.half() if half else h_TC, kind_T)

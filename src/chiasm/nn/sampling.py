@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from chiasm.errors import ConfigError
+from chiasm.errors import ConfigError, NumericsError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +71,15 @@ def keep_top_p(logits_V: Tensor, p: float) -> Tensor:
 
 
 def choose(logits_V: Tensor, sampling: Sampling, seen: Tensor, generator: torch.Generator) -> int:
-    """One token id from float32 logits (V,); `seen` are the unique ids of prompt and answer so far."""
+    """One token id from float32 logits (V,); `seen` are the unique ids of prompt and answer so far.
+
+    Raises NumericsError when there is NaN among the logits.
+    """
+    if math.isnan(float(logits_V.max())):
+        raise NumericsError(
+            "the model's output is not a number: its activations passed the range of its dtype; load it with dtype "
+            "bfloat16 or float32"
+        )
     logits_V = penalize_repetition(logits_V, seen, sampling.repetition_penalty)
     if sampling.greedy:
         return int(logits_V.argmax())

@@ -234,10 +234,22 @@ class VitBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x_NTC: Tensor) -> Tensor:
-        """Apply the layer: (N, T, C) -> (N, T, C)."""
+        """Apply the layer: (N, T, C) -> (N, T, C). x may be float32 where the layer's parameters are float16."""
         # addcmul scales and adds in one pass over memory.
-        x_NTC = torch.addcmul(x_NTC, self.drop_path(self.attn(self.norm1(x_NTC))), self.ls1)
-        return torch.addcmul(x_NTC, self.drop_path(self.mlp(self.norm2(x_NTC))), self.ls2)
+        h_NTC = _normed(self.norm1, x_NTC, self.ls1.dtype)
+        x_NTC = torch.addcmul(x_NTC, self.drop_path(self.attn(h_NTC)), self.ls1)
+        h_NTC = _normed(self.norm2, x_NTC, self.ls2.dtype)
+        return torch.addcmul(x_NTC, self.drop_path(self.mlp(h_NTC)), self.ls2)
+
+
+def _normed(norm: nn.Module, x_NTC: Tensor, dtype: torch.dtype) -> Tensor:
+    """The norm of x; of a float32 x beside float16 parameters in float16, computed in float32."""
+    if dtype != torch.float16 or x_NTC.dtype == dtype:
+        return norm(x_NTC)
+    if isinstance(norm, nn.LayerNorm):
+        weight, bias = (None if p is None else p.float() for p in (norm.weight, norm.bias))
+        return F.layer_norm(x_NTC, norm.normalized_shape, weight, bias, norm.eps).to(dtype)
+    return norm(x_NTC).to(dtype)
 
 
 def init_vit(modules: Sequence[nn.Module], std: float = 0.02) -> None:

@@ -34,7 +34,7 @@ class TextHead(nn.Module):
         """(N, C) -> (N, U) float32."""
         if self.rounded is not None:
             return self.rounded(hidden_NC).float()
-        return F.linear(hidden_NC, self.weight[: self.used]).float()
+        return F.linear(hidden_NC.to(self.weight.device), self.weight[: self.used]).float()
 
     def loss(
         self, hidden_TC: Tensor, sequence: Sequence, features: dict[str, Tensor] | None = None

@@ -38,6 +38,8 @@ class Decoder(nn.Module):
         self.norm = norm
         self.checkpointing = False
         """Recompute each block in the backward pass instead of keeping its activations."""
+        self.devices: tuple[torch.device, ...] | None = None
+        """The device of each layer, where they are several (`chiasm.model.placement`)."""
 
     def new_cache(self, slots: int = 1, *, capacity: int = 0) -> KVCache:
         """An empty KV cache for `slots` documents."""
@@ -54,21 +56,31 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """(T, C) embedded rows -> (T, C) hidden states; new keys and values are counted into `cache`.
 
+        In float16 the sum that the layers add to is kept in float32: it may pass float16's 65,504.
+        Layers compute in the dtype of the rows, which is also that of the result.
+
         Raises ConfigError where a cached document grows past the length at which its rotary frequencies change
         (`Rope.switch`): what is cached was read with the others. The generation loop reads it again instead.
         """
         switch = self.rope.switch
         if cache is not None and switch is not None:
             _refuse_crossing(switch, cache.past(segments), segments.lengths)
-        table = self.rope.table(pos_T, x_TC.dtype, segments.lengths)
+        dtype = x_TC.dtype
+        table = self.rope.table(pos_T, dtype, segments.lengths)
+        if dtype == torch.float16:
+            x_TC = x_TC.float()
         for i, block in enumerate(self.layers):
+            if self.devices is not None and self.devices[i] != x_TC.device:
+                x_TC, kind_T = x_TC.to(self.devices[i]), kind_T.to(self.devices[i])
+                table = table[0].to(self.devices[i]), table[1].to(self.devices[i])
             if self.checkpointing and torch.is_grad_enabled():
                 x_TC = checkpoint(block, x_TC, table, segments, kind_T, None, i, use_reentrant=False)  # type: ignore[assignment]
             else:
                 x_TC = block(x_TC, table, segments, kind_T, cache, i)
         if cache is not None:
             cache.advance(segments)
-        return self.norm(x_TC)
+        x_TC = self.norm(x_TC)
+        return x_TC.to(dtype) if dtype == torch.float16 else x_TC
 
 
 def _refuse_crossing(switch: int, past: tuple[int, ...], new: tuple[int, ...]) -> None:

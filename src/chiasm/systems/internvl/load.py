@@ -6,6 +6,8 @@ built on the meta device, so loading needs the memory of the weights and little 
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +20,12 @@ from chiasm.checkpoint.preprocess import read_tile_policy
 from chiasm.checkpoint.store import CONFIG
 from chiasm.checkpoint.vocab import check_rows
 from chiasm.data.layout import LayoutSpec
-from chiasm.data.sequence import Sequence
+from chiasm.data.sequence import Sequence as Rows
 from chiasm.errors import ConfigError, TemplateError, UsageError
 from chiasm.media.tiles import TilePolicy
 from chiasm.model.causal import CausalVLM
 from chiasm.model.chat import ChatModel
+from chiasm.model.placement import Placement, place
 from chiasm.model.quantize import Quantization, Rounding
 from chiasm.parts.contracts import Embedded, ModelCache
 from chiasm.parts.embed import WordTable
@@ -34,6 +37,8 @@ from chiasm.systems.internvl.model import build_internvl
 from chiasm.text.templates import get_template
 from chiasm.text.tokenizer import Tokenizer
 
+_log = logging.getLogger("chiasm.load")
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -44,7 +49,7 @@ class WordsOnly(torch.nn.Module):
         super().__init__()
         self.words = words
 
-    def forward(self, sequence: Sequence, cache: ModelCache | None = None) -> Embedded:
+    def forward(self, sequence: Rows, cache: ModelCache | None = None) -> Embedded:
         """(T,) ids -> (T, C) rows; UsageError when there is something to see."""
         if sequence.spans:
             raise UsageError("this model is a language model alone and sees no pictures: choose another one")
@@ -71,6 +76,11 @@ def resolve_dtype(dtype: str | torch.dtype | None, stored: str | None = None) ->
     return DTYPES[name]
 
 
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether a device computes in bfloat16 itself. Before Ampere (8.0), NVIDIA's GPUs at most imitate it."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def config_from_public(
     public: InternVLPublicConfig, policy: TilePolicy, *, tie_words: bool
 ) -> InternVLConfig:
@@ -91,7 +101,7 @@ def load_folder(
     folder: str | Path,
     *,
     dtype: str | torch.dtype | None = None,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | Sequence[torch.device] = "cpu",
     template: str | None = None,
     system: str | None = None,
     deterministic: bool = False,
@@ -101,7 +111,9 @@ def load_folder(
     """Load a checkpoint folder (original or -hf InternVL, or a language model alone).
 
     Args:
-        dtype: "float32", "bfloat16", "float16", "auto" or None (as stored).
+        dtype: "float32", "bfloat16", "float16", "auto" or None (as stored, but float16 in the place of a bfloat16 that
+            the GPU cannot compute in).
+        device: one, or several that share the decoder's layers (see `chiasm.model.placement`).
         template: chat template, where the checkpoint's own is to be overridden. system: likewise its message.
         quantize: weights to round while they are loaded, see `chiasm.model.quantize`.
         tiles: fields of `TilePolicy` to override, for instance `max_tiles=6`, `resize="fast"`.
@@ -120,12 +132,21 @@ def load_folder(
                 model = build_language_model(found.config)
         _only_words(model, found.used)
         rounding = Rounding(model, Quantization.parse(quantize)) if quantize else None
+        chosen = resolve_dtype(dtype, found.dtype)
+        several = () if isinstance(device, str | torch.device) else tuple(device)
+        where: Any = several[0] if several else torch.device(device)  # type: ignore[arg-type]
+        if dtype in (None, "auto") and chosen == torch.bfloat16 and not has_bfloat16(where):
+            _log.info("%s computes in float16: it has no bfloat16", where)
+            chosen = torch.float16
+        if len(several) > 1:
+            where = Placement(model, several, chosen)
+            place(model, where)
         load_into(
             model,
             opened.reader,
             opened.adapter,
-            dtype=resolve_dtype(dtype, found.dtype),
-            device=device,
+            dtype=chosen,
+            device=where,
             loaded=None if rounding is None else rounding.layer,
         )
         if rounding is not None:
