@@ -13,14 +13,16 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
 README = HERE / "README.md"
 RESULTS = HERE / "results"
-ORDER = ("inference", "preprocessing", "startup", "memory", "parity")
+SPEED_PAGE = HERE.parent / "docs" / "speed.md"
+SPEED = ("inference", "quantized", "openvino", "batching", "attention")
+ORDER = (*SPEED, "preprocessing", "startup", "memory", "parity")
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
 
 Summary = dict[str, Any]
@@ -112,16 +114,21 @@ def finish(name: str, result: dict[str, Any], *, write: bool) -> None:
 
 
 def publish() -> None:
-    """Put the table of all kept results between the README's two marks."""
-    kept = {
+    """Put the tables of all kept results between the two marks of the README and of the page about answering speed."""
+    for page, names in {README: ORDER, SPEED_PAGE: SPEED}.items():
+        text = page.read_text(encoding="utf-8")
+        head, _, rest = text.partition(BEGIN)
+        _, _, tail = rest.partition(END)
+        page.write_text(f"{head}{BEGIN}\n{table(kept_results(names))}\n{END}{tail}", encoding="utf-8")
+
+
+def kept_results(names: Sequence[str]) -> dict[str, Any]:
+    """The kept results among these, in order."""
+    return {
         name: json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-        for name in ORDER
+        for name in names
         if (RESULTS / f"{name}.json").exists()
     }
-    text = README.read_text(encoding="utf-8")
-    head, _, rest = text.partition(BEGIN)
-    _, _, tail = rest.partition(END)
-    README.write_text(f"{head}{BEGIN}\n{table(kept)}\n{END}{tail}", encoding="utf-8")
 
 
 def table(results: Mapping[str, dict[str, Any]]) -> str:

@@ -52,6 +52,24 @@ def test_both_models_write_the_same_tokens(script) -> None:
     assert shared.untyped_storage().data_ptr() == fused.untyped_storage().data_ptr()
 
 
+def test_quantized_measures_every_rounding(script) -> None:
+    quantized, inference = script("quantized"), script("inference")
+    rows = quantized.measure(inference.toy())["rows"]
+    names = [row["name"] for row in rows]
+    assert names[:3] == [f"decoding, a token, {how}" for how in ("int8", "int4", "w8a8")]
+    assert names[6:8] == ["picture tile to tokens, bf16", "picture tile to tokens, vision-w8a8"]
+    assert [row["required"] for row in rows if row["required"]] == [">= 1.9x", ">= 3.3x", ">= 1.6x"]
+    errors = {row["name"].rsplit(", ", 1)[1]: row["ours"]["median"] for row in rows[8:]}
+    assert errors["int8"] < errors["w8a8"] < errors["int4-32"] < errors["int4-64"]
+
+
+def test_attention_measures_every_way(script) -> None:
+    attention = script("attention")
+    rows = attention.measure(33, 2, 8, 2)["rows"]
+    assert len(rows) == len(attention.WAYS) == 3
+    assert all(float(row["note"].split()[1].strip("%,")) < 1.5 for row in rows)
+
+
 def test_preprocessing_measures_both_modes(script) -> None:
     rows = script("preprocessing").measure(((60, 40),), side=16, repeats=2)["rows"]
     assert [row["name"].rsplit(", ", 1)[1] for row in rows] == ["fast mode", "exact mode"]
@@ -65,13 +83,12 @@ def test_startup_times_a_process(script) -> None:
     assert used >= 0
 
 
-def test_readme_holds_the_table_of_the_results(script) -> None:
-    measure = script("measure")
-    kept = {
-        name: json.loads((measure.RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-        for name in measure.ORDER
-        if (measure.RESULTS / f"{name}.json").exists()
-    }
-    assert kept
-    text = measure.README.read_text(encoding="utf-8")
-    assert measure.table(kept) in text
+def test_pages_hold_the_tables_of_the_results(script) -> None:
+    measure, quality = script("measure"), script("quality")
+    for page, names in {measure.README: measure.ORDER, measure.SPEED_PAGE: measure.SPEED}.items():
+        kept = measure.kept_results(names)
+        assert kept
+        assert measure.table(kept) in page.read_text(encoding="utf-8")
+    kept = json.loads((measure.RESULTS / "quality.json").read_text(encoding="utf-8"))
+    assert list(kept) == ["unrounded", *quality.HOW]
+    assert quality.table(kept) in quality.PAGE.read_text(encoding="utf-8")
