@@ -283,15 +283,17 @@ class _Plan:
             return plan
         M = len(together)
         plan.low, plan.high = min(plan.slots_M), max(plan.slots_M) + 1
-        if plan.apart or M < segments.total:
+        if plan.apart or segments.total > M:
             plan.row_M = tensor([d[0] for d in together])
         width = plan.high - plan.low
-        plan.inside = 2 * M >= width
+        plan.inside = width <= 2 * M
         lengths = [d[3] + 1 for d in together]
         plan.longest = max(lengths)
         if plan.inside and plan.slots_M != list(range(plan.low, plan.high)):
             plan.local_M = tensor([s - plan.low for s in plan.slots_M])
-            ends = [1] * width  # slots of the range that are not in this call look at one key; nobody reads the result
+            ends = [
+                1
+            ] * width  # slots of the range that are not in this call look at one key; nobody reads the result
             for slot, length in zip(plan.slots_M, lengths, strict=True):
                 ends[slot - plan.low] = length
             lengths = ends
