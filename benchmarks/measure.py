@@ -20,7 +20,7 @@ from typing import Any
 HERE = Path(__file__).parent
 README = HERE / "README.md"
 RESULTS = HERE / "results"
-ORDER = ("inference", "preprocessing", "startup", "memory", "parity")
+ORDER = ("inference", "batching", "preprocessing", "startup", "memory", "parity")
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
 
 Summary = dict[str, Any]

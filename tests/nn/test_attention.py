@@ -79,9 +79,9 @@ def test_a_mixed_pass_equals_one_document_after_the_other(
     if not live:
         return
     if far:  # one past so long that it is read apart
-        pasts = [pasts[0] + 4 * APART, *pasts[1:]]
+        pasts = [pasts[0] + 12 * APART, *pasts[1:]]
     H, G = 4, 2
-    caches = [KVCache(2, 9, capacity=0 if growing else 5 * APART) for _ in range(2)]
+    caches = [KVCache(2, 9, capacity=0 if growing else 13 * APART) for _ in range(2)]
     for cache in caches:
         for d, n in enumerate(pasts):
             if n:
@@ -118,7 +118,7 @@ def test_long_pasts_are_read_apart_where_that_reads_less(lengths: list[int]) -> 
         apart = [n for n in lengths if n > limit]
         return len(together) * max(together, default=0) + sum(n + APART for n in apart)
 
-    chosen = _longest_together(lengths)
+    chosen = _longest_together(lengths, APART)
     assert chosen in lengths
     assert cost(chosen) == min(cost(limit) for limit in lengths)
 
