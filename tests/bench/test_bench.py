@@ -59,7 +59,10 @@ def test_batching_measures_three_ways_to_the_same_answers(script) -> None:
     batching = script("batching")
     case = batching.toy()
     result = batching.measure(case, requests=5, repeats=2)
-    assert [row["name"].split(" against ")[1] for row in result["rows"]] == ["one by one", "a left-padded batch"]
+    assert [row["name"].split(" against ")[1] for row in result["rows"]] == [
+        "one by one",
+        "a left-padded batch",
+    ]
     for row in result["rows"]:
         assert row["ratio"] == pytest.approx(row["peer"]["median"] / row["ours"]["median"])
     exact = script("inference").replace(case, dtype=torch.float32)
