@@ -177,6 +177,19 @@ def test_wrong_sizes_and_a_second_model_are_refused() -> None:
         second.chat("two", max_new_tokens=1)
 
 
+def test_other_weights_forget_everything() -> None:
+    warm, question = tiny_chat(prefixes=PrefixCache(min_rows=4)), ask("What is it?", picture())
+    before = warm.chat(question, max_new_tokens=4)
+    assert warm.chat(question, max_new_tokens=4).usage["reused_tokens"] > 10
+    with torch.no_grad():
+        warm.model.trunk.layers[0].ffn.down.weight.mul_(-1)
+    after = warm.chat(question, max_new_tokens=4)
+    assert after.usage["reused_tokens"] == 0
+    assert after.token_ids != before.token_ids
+    warm.model.trunk.layers[1].ffn.down = torch.nn.Linear(32, 24, bias=False)
+    assert warm.chat(question, max_new_tokens=4).usage["reused_tokens"] == 0
+
+
 # --- the contracts -------------------------------------------------------------------------------------------------
 
 

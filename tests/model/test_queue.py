@@ -11,10 +11,12 @@ import torch
 
 from chiasm.data.sequence import MediaBatch
 from chiasm.errors import ChiasmError, ConfigError, ContextOverflowError, DataError, ImageError, UsageError
+from chiasm.model import generate
 from chiasm.model.answer import Reply
 from chiasm.model.chat import ChatModel
 from chiasm.model.prefix import PrefixCache
 from chiasm.model.queue import Piece, Queue
+from chiasm.nn.sampling import Sampling
 from tiny_chat import ask, picture, ragged, tiny_chat
 
 
@@ -248,6 +250,31 @@ def test_a_failing_pass_ends_what_ran_and_nothing_else(
     assert isinstance(replies[tickets[0]], MemoryError)
     assert isinstance(replies[tickets[2]], ChiasmError)
     assert equal(replies[late], model.chat(ask("four"), max_new_tokens=6))
+
+
+def test_an_answer_without_numbers_ends_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is anything of it remembered."""
+    model = tiny_chat(prefixes=PrefixCache(min_rows=4))
+    expected = {t: model.chat(ask(t), max_new_tokens=6) for t in ("one", "two")}
+    choose = generate.choose
+
+    def strict(logits_V: torch.Tensor, sampling: Sampling, *rest: Any) -> int:
+        if sampling.seed == 7:
+            raise ConfigError("no numbers")
+        return choose(logits_V, sampling, *rest)
+
+    monkeypatch.setattr(generate, "choose", strict)
+    queue, kept = model.queue(), len(model.prefixes)
+    bad = queue.submit("Something else altogether", max_new_tokens=6, seed=7, temperature=1.0)
+    good = {queue.submit(ask(t), max_new_tokens=6): t for t in expected}
+    late = queue.submit("Something else altogether", max_new_tokens=2)
+    replies = finish(queue)
+    assert str(replies[bad]) == "no numbers"
+    assert all(equal(replies[ticket], expected[t]) for ticket, t in good.items())
+    assert isinstance(replies[late], Reply)
+    assert len(model.prefixes) == kept + 1  # that of the late one
+    with pytest.raises(ConfigError, match="no numbers"):
+        model.chat("one", seed=7, temperature=1.0)
 
 
 def test_others_may_submit_and_cancel_while_one_drives(model: ChatModel) -> None:

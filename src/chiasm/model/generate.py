@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from chiasm.data.sequence import Sequence
-from chiasm.errors import ConfigError
+from chiasm.errors import ChiasmError, ConfigError
 from chiasm.model.causal import CausalVLM
 from chiasm.model.prefix import PrefixCache, Rows, steady_length
 from chiasm.nn.attention import Segments
@@ -41,8 +41,8 @@ ROOM = 256
 class Event:
     """One emission of document `doc`: a token id or a group of codes; `finish` is set on its last one.
 
-    finish: "stop" (a stop id, which is included as `id`), "length" (token limit). `hidden` (C,) is the state that
-    the emission was read from, where asked for.
+    finish: "stop" (a stop id, which is included as `id`), "length" (token limit), "error" (no token could be chosen,
+    and `error` says why). `hidden` (C,) is the state that the emission was read from, where asked for.
     """
 
     doc: int
@@ -50,6 +50,7 @@ class Event:
     codes: list[int] | None = None
     finish: str | None = None
     hidden: Tensor | None = None
+    error: ChiasmError | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -66,6 +67,7 @@ class _Document:
     written: int = 0
     reused: int = 0
     ended: bool = False
+    error: ChiasmError | None = None
     whole: bool = False
     """Its prompt must be read in one pass."""
     unread_TC: Tensor | None = None
@@ -108,6 +110,8 @@ class Decoding:
         max_running, max_tokens: documents and rows that the cache may be made for, the rows being slots times the
             longest document (prompt and limit). Bounds of memory only: who adds documents sees to it that they fit
             (`chiasm.model.queue` does).
+        isolate: a document of which no token can be chosen (its logits are no numbers) ends by itself, with an Event
+            that holds the error; else the error is raised.
 
     Raises:
         ConfigError: numbers of samplings or limits differ from that of the prompts, or one of them is no document.
@@ -126,6 +130,7 @@ class Decoding:
         max_rows: int | None = None,
         max_running: int | None = None,
         max_tokens: int | None = None,
+        isolate: bool = False,
     ) -> None:
         n = len(prompts)
         samplings = [sampling or Sampling()] * n if isinstance(sampling, Sampling | None) else list(sampling)
@@ -138,7 +143,7 @@ class Decoding:
             raise ConfigError(f"max_rows must be at least 1 or None, found {max_rows}")
         self.model = model
         self.stop_ids = frozenset(stop_ids)
-        self.keep_hidden = keep_hidden
+        self.keep_hidden, self.isolate = keep_hidden, isolate
         self.max_rows, self.max_running, self.max_tokens = max_rows, max_running, max_tokens
         self._documents: dict[int, _Document] = {}
         self._count = 0
@@ -255,6 +260,10 @@ class Decoding:
         positions, events = [], []
         for n, document in enumerate(documents):
             token = emission.ids[n]
+            if document.error is not None:  # nothing of it is remembered
+                events.append(Event(document.number, None, finish="error", error=document.error))
+                positions.append(document.position)
+                continue
             if not document.written and document.known is not None and self._prefixes is not None:
                 self._remember(document)  # others with the same picture need not wait for the answer's end
             if token is not None and len(document.text) == document.written:
@@ -382,7 +391,13 @@ class Decoding:
     def _pick(self, logits_V: Tensor, doc: int) -> int:
         document = self._documents[doc]
         seen = torch.tensor(sorted(document.seen), dtype=torch.int64)
-        return choose(logits_V.cpu(), document.sampling, seen, document.generator)
+        try:
+            return choose(logits_V.cpu(), document.sampling, seen, document.generator)
+        except ChiasmError as error:
+            if not self.isolate:
+                raise
+            document.error, document.ended = error, True
+            return 0  # never read
 
     def _end(self, document: _Document) -> None:
         document.ended = True

@@ -10,8 +10,8 @@ A cut never falls inside a span, nor inside a group of spans (later frames of a 
 earlier ones), and at least one row of the prompt remains, for the head to read.
 
 A row is four or more int64 numbers, and two prompts are compared by one numpy expression. Entries are few (a gigabyte
-holds 25 conversations of 3,400 rows of a model of 1B), so a prompt is compared with each of them: 0.2 ms in that case,
-less than reading a single row takes there. It is exact, and has no blocks that would decide where a beginning may
+holds 25 conversations of 3,400 rows of a model of 1B), so a prompt is compared with each of them, in less time than
+reading a single row takes there. It is exact, and has no blocks that would decide where a beginning may
 end, as a chain of hashes has.
 
 Legend: T rows of a prompt, W numbers a row.
@@ -148,9 +148,11 @@ class _Entry:
 class PrefixCache:
     """Least recently used beginnings of prompts, bounded in bytes.
 
-    It belongs to one model, and to its weights: `clear` it when they change. Entries lie where the model lies; each is
-    a copy of its own, so that a long picture asked about in ten ways is kept ten times, within the bound. Reuse changes
-    last bits (the rest of a prompt is read in a smaller matrix product), nothing else. Several threads may use it.
+    It belongs to one model, and forgets everything when it sees other weights or versions of them than before (what is
+    written behind PyTorch's back, by `parameter.data`, it does not see: `clear` it then). Entries lie where the model
+    lies; each is a copy of its own, so that a long picture asked about in ten ways is kept ten times, within the bound.
+    Reuse changes last bits (the rest of a prompt is read in a smaller matrix product), nothing else. Several threads
+    may use it.
 
     Args:
         max_bytes: of keys, values and the rows that they are found by; 0 remembers nothing.
@@ -171,18 +173,20 @@ class PrefixCache:
         self._entries: list[_Entry] = []  # least recently used first
         self._lock = threading.Lock()
         self._model: weakref.ref[nn.Module] | None = None
+        self._weights = 0
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def bind(self, model: nn.Module) -> None:
-        """Belong to this model; ConfigError when it belongs to another that is still in use."""
+        """Belong to this model with its weights of now; ConfigError when it belongs to another that is still in use."""
         owner = None if self._model is None else self._model()
         if owner is not None and owner is not model:
             raise ConfigError("a prefix cache holds the past of one model: give every model one of its own")
-        if owner is None:
+        weights = _versions(model)
+        if owner is None or weights != self._weights:
             self.clear()
-            self._model = weakref.ref(model)
+            self._model, self._weights = weakref.ref(model), weights
 
     def find(self, rows: Rows) -> Found | None:
         """The longest remembered beginning of a prompt that leaves at least its last row to be read."""
@@ -238,6 +242,12 @@ class PrefixCache:
     def _drop(self, entry: _Entry) -> None:
         self._entries.remove(entry)
         self.bytes -= entry.bytes
+
+
+def _versions(model: nn.Module) -> int:
+    """A number that changes when weights are replaced or written to."""
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    return hash(tuple((x.data_ptr(), 0 if x.is_inference() else x._version) for x in tensors))
 
 
 def _begins(longer: Rows, shorter: Rows) -> bool:

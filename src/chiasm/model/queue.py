@@ -15,8 +15,8 @@ Waiting requests hold what was submitted; they are laid out (pictures opened and
 
 Failures. A request that is wrong in any way ends with an error of its own; the others go on. Wrong options are raised
 by `submit` at once. Who wants to see errors of the messages there too, or lay out in other threads, submits
-`model.inputs(messages)` instead of messages. An exception of a pass through the model itself (memory, say) ends all
-that were running then; what waits is answered after it.
+`model.inputs(messages)` instead of messages. Where no token can be chosen of one answer's logits, it alone ends. Any
+other exception of a pass through the model (memory, say) ends all that were running then; what waits is answered.
 
 Threads. One thread drives (`step` or the iteration), and a second one that tries is refused. `submit`, `cancel` and
 `wait` may be called by any thread at any time and never wait for the model.
@@ -282,6 +282,7 @@ class Queue:
                 max_rows=self.max_rows,
                 max_running=self.max_running,
                 max_tokens=self.max_tokens,
+                isolate=True,
             )
         assert request.inputs is not None
         doc = self._run.add(request.inputs.sequence, request.options.sampling, request.limit)
@@ -291,6 +292,10 @@ class Queue:
 
     def _write(self, event: Event) -> None:
         request = self._running[event.doc]
+        if event.error is not None:
+            del self._running[event.doc]
+            self._finish(request, error=event.error)
+            return
         text = request.writer.push(event.id or 0, event.finish)
         if request.writer.finish is None:
             if text:
