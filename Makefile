@@ -43,6 +43,7 @@ bench: .venv/.stamp-dev
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/parity.py
 	$(BIN)/python benchmarks/inference.py
+	$(BIN)/python benchmarks/batching.py
 
 clean:
 	rm -rf .venv build dist docs/_build .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -70,6 +70,29 @@ def test_attention_measures_every_way(script) -> None:
     assert all(float(row["note"].split()[1].strip("%,")) < 1.5 for row in rows)
 
 
+def test_batching_measures_three_ways_to_the_same_answers(script) -> None:
+    """In fp32 all three write the same tokens; what is counted are those that were asked for."""
+    import torch
+
+    batching = script("batching")
+    case = batching.toy()
+    result = batching.measure(case, requests=5, repeats=2)
+    assert [row["name"].split(" against ")[1] for row in result["rows"]] == [
+        "one by one",
+        "a left-padded batch",
+    ]
+    for row in result["rows"]:
+        assert row["ratio"] == pytest.approx(row["peer"]["median"] / row["ours"]["median"])
+    exact = script("inference").replace(case, dtype=torch.float32)
+    ours = batching.build_ours(exact)
+    theirs, chat = batching.build_theirs(exact, ours), batching.build_chat(exact, ours)
+    work = batching.Work.draw(exact, 3, 6)
+    written = batching.run_queue(chat, work)
+    assert [len(ids) for ids in written] == work.limits
+    assert len(set(work.limits)) > 1
+    assert written == batching.run_alone(chat, work) == batching.run_theirs(theirs, work)
+
+
 def test_preprocessing_measures_both_modes(script) -> None:
     rows = script("preprocessing").measure(((60, 40),), side=16, repeats=2)["rows"]
     assert [row["name"].rsplit(", ", 1)[1] for row in rows] == ["fast mode", "exact mode"]

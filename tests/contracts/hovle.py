@@ -35,6 +35,9 @@ class HolisticEmbedder(nn.Module):
     def new_cache(self, slots: int) -> KVCache:
         return self.layers.new_cache(slots)
 
+    def own_rows(self, sequence: Sequence) -> Tensor:
+        return torch.where(sequence.kind_T == IMAGE, self.expand, 1)
+
     def patches(self, data: Tensor) -> Tensor:
         N = data.shape[0]
         x = data.to(self.patch.weight.dtype) / 255
@@ -46,7 +49,7 @@ class HolisticEmbedder(nn.Module):
 
     def forward(self, sequence: Sequence, cache: ModelCache | None = None) -> Embedded:
         E = self.expand
-        many = torch.where(sequence.kind_T == IMAGE, E, 1)
+        many = self.own_rows(sequence)
         start = many.cumsum(0) - many
         x = self.words(sequence.ids_T.repeat_interleave(many))
         kind = sequence.kind_T.repeat_interleave(many)

@@ -1,15 +1,14 @@
 """ChatModel: the `Chats` capability. Ask about pictures, get text, logits or boxes.
 
-It binds a CausalVLM to its tokenizer, template and tile policy, and holds the feature cache, so that a second
-question about the same picture does not encode it again.
+It binds a CausalVLM to its tokenizer, template and tile policy, and holds two caches, so that a second question
+about the same picture neither encodes it again (features) nor reads it again (prefixes).
 Legend: T tokens of a prompt, N tiles, S tile side, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator
 from collections.abc import Sequence as Seq
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -18,55 +17,19 @@ from torch import Tensor
 
 from chiasm.data.layout import LayoutSpec, layout
 from chiasm.data.message import parse_messages
-from chiasm.data.sequence import Sequence
-from chiasm.errors import ConfigError, ContextOverflowError, UsageError
-from chiasm.media.boxes import Box, parse_boxes
+from chiasm.errors import ContextOverflowError, UsageError
 from chiasm.media.pixels import normalize
+from chiasm.model.answer import ModelInputs, Options, Reply, Writer, make_reply, parse_options, prompt_usage
 from chiasm.model.causal import CausalVLM
 from chiasm.model.generate import Decoding
-from chiasm.nn.sampling import Sampling
+from chiasm.model.prefix import PrefixCache
+from chiasm.model.queue import MAX_ROWS, MAX_RUNNING, MAX_TOKENS, Queue
 from chiasm.parts.embed import FeatureCache
-from chiasm.text.tokenizer import Tokenizer
+
+__all__ = ["ChatModel", "Chats", "ModelInputs", "Options", "Reply", "with_images"]
 
 VISIBLE_TAGS = ("<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>")
 """Special tokens that belong to an answer's text; all others are left out of it."""
-
-
-@dataclass(frozen=True, slots=True)
-class ModelInputs:
-    """What the model reads for a conversation.
-
-    Attributes:
-        token_ids: (T,) int64, every image expanded to its context ids.
-        tiles: (N, 3, S, S) uint8, one row per encoded tile or frame in the order of the prompt; (0, 3, S, S) for text.
-        sequence: the same as the model's own input type.
-    """
-
-    token_ids: Tensor
-    tiles: Tensor
-    sequence: Sequence
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reply:
-    """An answer.
-
-    Attributes:
-        text: without stop and control tokens. token_ids: all that was generated, the stop id included.
-        boxes: rectangles named in the text, coordinates 0-1000 of each image's width and height.
-        finish: "stop" (stop token or string) or "length" (limit reached).
-        usage: prompt_tokens, completion_tokens, tiles (frames among them, one each), frames.
-    """
-
-    text: str
-    token_ids: list[int]
-    boxes: list[Box] = field(default_factory=list)
-    finish: str = "stop"
-    usage: dict[str, int] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, as `--json` prints it."""
-        return asdict(self)
 
 
 @runtime_checkable
@@ -98,98 +61,6 @@ class Chats(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """Options of chat, stream and batch.
-
-    Attributes:
-        max_new_tokens: limit of the answer; the room left in the context limits it too.
-        temperature, top_p, top_k, repetition_penalty, seed: see `chiasm.nn.sampling`; temperature 0 is greedy.
-        stop: strings that end the answer (and are left out of it).
-    """
-
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    repetition_penalty: float = 1.0
-    seed: int = 0
-    stop: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        for name in ("max_new_tokens", "top_k", "seed"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise UsageError(f"option {name} must be a whole number, found {value!r}")
-        for name in ("temperature", "top_p", "repetition_penalty"):
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or isinstance(value, bool):
-                raise UsageError(f"option {name} must be a number, found {value!r}")
-        if not isinstance(self.stop, list | tuple) or not all(isinstance(s, str) for s in self.stop):
-            raise UsageError(f"option stop must be a string or several, found {self.stop!r}")
-        if self.max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens must be at least 1, found {self.max_new_tokens}")
-        if not 0 <= self.seed < 2**63:
-            raise ConfigError(f"seed must be in 0 … 2^63 - 1, found {self.seed}")
-        if not all(self.stop):
-            raise ConfigError("a stop string must not be empty")
-
-    @property
-    def sampling(self) -> Sampling:
-        """How tokens are chosen."""
-        return Sampling(
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            repetition_penalty=self.repetition_penalty,
-            seed=self.seed,
-        )
-
-
-class _Writer:
-    """Text of one answer as it grows; holds back what may yet turn out to be a stop string."""
-
-    def __init__(self, tokenizer: Tokenizer, hidden: frozenset[int], stop: tuple[str, ...]) -> None:
-        self._decoder = tokenizer.stream(skip_special_tokens=False)
-        self._hidden, self._stop = hidden, stop
-        self._held = ""
-        self.text = ""
-        self.ids: list[int] = []
-        self.finish: str | None = None
-
-    def push(self, token: int, finish: str | None) -> str:
-        """Take a token; returns the text that is now certain. Sets `finish` when the answer has ended."""
-        self.ids.append(token)
-        self._held += "" if token in self._hidden else self._decoder.push(token)
-        if finish:
-            self._held += self._decoder.flush()
-        cuts = [at for at in (self._held.find(s) for s in self._stop) if at >= 0]
-        if cuts:
-            self.finish = "stop"
-            return self._give(min(cuts))
-        if finish:
-            self.finish = finish
-            return self._give(len(self._held))
-        return self._give(len(self._held) - self._open_tail())
-
-    def _open_tail(self) -> int:
-        """Length of the longest tail that begins a stop string."""
-        longest = 0
-        for stop in self._stop:
-            for n in range(min(len(stop) - 1, len(self._held)), longest, -1):
-                if self._held.endswith(stop[:n]):
-                    longest = n
-                    break
-        return longest
-
-    def _give(self, count: int) -> str:
-        piece, self._held = self._held[:count], self._held[count:]
-        self.text += piece
-        return piece
-
-
 class ChatModel:
     """A model that answers questions about pictures.
 
@@ -198,7 +69,10 @@ class ChatModel:
         spec: tokenizer, template, tile policy and token counts.
         name: shown to users.
         features: cache of encoded images; None makes one of 1 GiB, `FeatureCache(0)` remembers nothing.
-        deterministic: `batch` answers one conversation after the other, bit-equal to `chat`.
+        prefixes: cache of what was read of prompts and answers; None makes one of 1 GiB, which lies where the model
+            lies, `PrefixCache(0)` remembers nothing.
+        deterministic: answers have the same bits whatever was asked before or beside: `batch` answers one conversation
+            after the other, bit-equal to `chat`, and `prefixes` is not used.
     """
 
     def __init__(
@@ -208,6 +82,7 @@ class ChatModel:
         *,
         name: str = "model",
         features: FeatureCache | None = None,
+        prefixes: PrefixCache | None = None,
         deterministic: bool = False,
     ) -> None:
         self.model = model.eval()
@@ -215,6 +90,7 @@ class ChatModel:
         self.name = name
         self.deterministic = deterministic
         self.features = FeatureCache() if features is None else features
+        self.prefixes = PrefixCache(0) if deterministic else PrefixCache() if prefixes is None else prefixes
         if hasattr(model.embedder, "features"):
             model.embedder.features = self.features  # type: ignore[assignment]
         tokenizer = spec.tokenizer
@@ -270,16 +146,89 @@ class ChatModel:
 
     def chat(self, messages: Any, images: Seq[Any] = (), **options: Any) -> Reply:
         """Answer one conversation; `options` are those of `Options`."""
-        return self._answer([self.inputs(messages, images)], _options(options))[0]
+        return _drain(self.stream(messages, images, **options))
 
     def stream(self, messages: Any, images: Seq[Any] = (), **options: Any) -> Generator[str, None, Reply]:
         """The text of `chat`, piece by piece: the pieces join to its `text`; the generator returns the `Reply`.
 
         What is wrong with the messages or options is raised here, before the first piece.
         """
-        chosen = _options(options)
-        inputs = self.inputs(messages, images)
-        run, (writer,) = self._start([inputs], chosen)
+        chosen = parse_options(options)
+        return self._pieces(self.inputs(messages, images), chosen, self.prefixes)
+
+    def batch(
+        self, conversations: Seq[Any], *, deterministic: bool | None = None, **options: Any
+    ) -> list[Reply]:
+        """Answer several conversations at once, in order.
+
+        They run through a `queue`: up to 64 are written at a time, without padding, and each is laid out when its turn
+        comes, so that a thousand need no more memory than that. What is wrong with the form of any conversation
+        is raised first; a picture that cannot be read, when its turn comes. Results equal those of `chat` up to the
+        rounding of larger matrix products; `deterministic=True` answers one by one and is bit-equal (as long as no
+        other thread computes in this process: see `chiasm.nn.products`).
+        """
+        chosen = parse_options(options)
+        for conversation in conversations:
+            parse_messages(conversation)
+        if self.deterministic if deterministic is None else deterministic:
+            return [_drain(self._pieces(self.inputs(c), chosen, None)) for c in conversations]
+        queue = self.queue(refuse_large=False)
+        order = {queue.submit(conversation, **options): n for n, conversation in enumerate(conversations)}
+        replies: dict[int, Reply] = {}
+        for piece in queue:
+            if piece.error is not None:
+                raise piece.error
+            if piece.reply is not None:
+                replies[order[piece.ticket]] = piece.reply
+        return [replies[n] for n in range(len(order))]
+
+    def queue(
+        self,
+        *,
+        max_running: int = MAX_RUNNING,
+        max_tokens: int = MAX_TOKENS,
+        max_rows: int = MAX_ROWS,
+        refuse_large: bool = True,
+    ) -> Queue:
+        """Answer many conversations at once that come and go at any time; arguments as of `Queue`."""
+        return Queue(
+            self,
+            max_running=max_running,
+            max_tokens=max_tokens,
+            max_rows=max_rows,
+            refuse_large=refuse_large,
+        )
+
+    def room(self, inputs: ModelInputs, options: Options) -> int:
+        """Most tokens of an answer: what is asked for and what the context leaves.
+
+        Raises ContextOverflowError when it leaves none.
+        """
+        longest, prompt = self.spec.max_length, len(inputs.token_ids)
+        if longest is not None and prompt >= longest:
+            raise ContextOverflowError(
+                f"the prompt has {prompt} tokens and the context {longest}: "
+                "no room for an answer; use fewer tiles, images or frames, or a shorter text"
+            )
+        return options.max_new_tokens if longest is None else min(options.max_new_tokens, longest - prompt)
+
+    def writer(self, options: Options) -> Writer:
+        """Takes the tokens of an answer and gives its text."""
+        return Writer(self.spec.tokenizer, self._hidden, options.stop)
+
+    def _pieces(
+        self, inputs: ModelInputs, options: Options, prefixes: PrefixCache | None
+    ) -> Generator[str, None, Reply]:
+        writer = self.writer(options)
+        run = Decoding(
+            self.model,
+            [inputs.sequence],
+            sampling=options.sampling,
+            limit=self.room(inputs, options),
+            stop_ids=self.stop_ids,
+            prefixes=prefixes,
+        )
+        usage = prompt_usage(inputs, run.reused(0))
 
         def pieces() -> Generator[str, None, Reply]:
             while writer.finish is None:
@@ -289,76 +238,18 @@ class ChatModel:
                         run.cancel(event.doc)
                     if piece:
                         yield piece
-            return _reply(inputs, writer)
+            return make_reply(writer, usage)
 
         return pieces()
 
-    def batch(
-        self, conversations: Seq[Any], *, deterministic: bool | None = None, **options: Any
-    ) -> list[Reply]:
-        """Answer several conversations at once, in order.
 
-        Ragged prompts are read as one row without padding. Results equal those of `chat` up to the rounding of
-        larger matrix products; `deterministic=True` answers one by one and is bit-equal (as long as no other
-        thread computes in this process: see `chiasm.nn.products`).
-        """
-        chosen = _options(options)
-        laid = [self.inputs(c) for c in conversations]
-        one_by_one = self.deterministic if deterministic is None else deterministic
-        if one_by_one:
-            return [self._answer([inputs], chosen)[0] for inputs in laid]
-        return self._answer(laid, chosen) if laid else []
-
-    def _start(self, laid: list[ModelInputs], options: Options) -> tuple[Decoding, list[_Writer]]:
-        limit = self.spec.max_length
-        room = [options.max_new_tokens if limit is None else limit - len(inputs.token_ids) for inputs in laid]
-        for inputs, left in zip(laid, room, strict=True):
-            if left < 1:
-                raise ContextOverflowError(
-                    f"the prompt has {len(inputs.token_ids)} tokens and the context {self.spec.max_length}: "
-                    "no room for an answer; use fewer tiles, images or frames, or a shorter text"
-                )
-        run = Decoding(
-            self.model,
-            [inputs.sequence for inputs in laid],
-            sampling=options.sampling,
-            limit=[min(options.max_new_tokens, left) for left in room],
-            stop_ids=self.stop_ids,
-        )
-        return run, [_Writer(self.spec.tokenizer, self._hidden, options.stop) for _ in laid]
-
-    def _answer(self, laid: list[ModelInputs], options: Options) -> list[Reply]:
-        run, writers = self._start(laid, options)
-        while events := run.step():
-            for event in events:
-                writer = writers[event.doc]
-                writer.push(event.id or 0, event.finish)
-                if writer.finish:
-                    run.cancel(event.doc)
-        return [_reply(inputs, writer) for inputs, writer in zip(laid, writers, strict=True)]
-
-
-def _reply(inputs: ModelInputs, writer: _Writer) -> Reply:
-    return Reply(
-        text=writer.text,
-        token_ids=writer.ids,
-        boxes=parse_boxes(writer.text),
-        finish=writer.finish or "length",
-        usage={
-            "prompt_tokens": len(inputs.token_ids),
-            "completion_tokens": len(writer.ids),
-            "tiles": inputs.tiles.shape[0],
-            "frames": len(inputs.sequence.spans_of("video")),
-        },
-    )
-
-
-def _options(options: Mapping[str, Any]) -> Options:
-    known = tuple(Options.__dataclass_fields__)
-    for name in options:
-        if name not in known:
-            raise UsageError(f"unknown option {name!r}: use one of {', '.join(known)}")
-    return Options(**options)
+def _drain(pieces: Generator[str, None, Reply]) -> Reply:
+    """What a generator returns at its end."""
+    while True:
+        try:
+            next(pieces)
+        except StopIteration as end:
+            return end.value
 
 
 def with_images(messages: Any, images: Seq[Any]) -> Any:

@@ -7,7 +7,8 @@ serves packed training (documents isolated, causal), ragged prefill, and decodin
 Legend: T tokens of all documents, H query heads, G key/value heads (grouped queries, G divides H), D head width,
 S keys of one document, N documents.
 Surprise: on CPU, splitting by document beats one dense block mask by more than 2x, so splitting is the fast path
-and the dense mask (`attend_reference`) is the slow twin that the tests compare with.
+and the dense mask (`attend_reference`) is the slow twin that the tests compare with. With a cache the slow twin is
+`attend` itself, called for one document after the other.
 """
 
 from __future__ import annotations
@@ -77,61 +78,125 @@ class KVCache:
     """Keys and values of past tokens for a stack of layers: two (slots, G, capacity, D) buffers a layer.
 
     `lengths[slot]` counts the past tokens that *all* layers have stored. Layers write the new rows behind
-    them while a forward pass runs; `advance` counts them in once it has passed through every layer.
-    Buffers are allocated at the first write and grow by doubling.
+    them while a forward pass runs; `advance` counts them in once it has passed through every layer: a pass that
+    fails leaves every document as it was. Buffers are allocated at the first write and grow by doubling, up to
+    `bound` where somebody knows the longest document that can come.
     """
 
+    bound: int | None = None
+
     def __init__(self, layers: int, slots: int = 1, *, capacity: int = 0) -> None:
-        self.lengths = [0] * slots
+        self._lengths = [0] * slots
         self._capacity = capacity
         self._k: list[Tensor | None] = [None] * layers
         self._v: list[Tensor | None] = [None] * layers
+        self._planned: _Plan | None = None
+
+    @property
+    def lengths(self) -> list[int]:
+        """Cached tokens of every slot."""
+        return self._lengths
 
     @property
     def slots(self) -> int:
         """Number of documents that it can hold."""
         return len(self.lengths)
 
+    @property
+    def capacity(self) -> int:
+        """Rows of every slot in buffers that are allocated now or next."""
+        return self._capacity
+
     def past(self, segments: Segments) -> tuple[int, ...]:
         """Cached tokens of each document."""
         return tuple(self.lengths[s] for s in segments.slots)
+
+    def view(self, slots: Seq[int]) -> KVCache:
+        """The same memory seen by a pass over some documents only: its slot n is slot `slots[n]` of this one."""
+        return self if list(slots) == list(range(self.slots)) else _View(self, slots)
+
+    def resolve(self, segments: Segments) -> tuple[KVCache, Segments]:
+        """The cache that owns the buffers, and the segments in its slots."""
+        return self, segments
 
     def write(self, layer: int, k_TGD: Tensor, v_TGD: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
         """Store new rows behind each document's past; returns the layer's (slots, G, capacity, D) buffers."""
         need = max(self.lengths[s] + n for s, n in zip(segments.slots, segments.lengths, strict=True))
         k, v = self._buffers(layer, need, k_TGD)
-        at = 0
-        for slot, n in zip(segments.slots, segments.lengths, strict=True):
-            past = self.lengths[slot]
+        plan = self._plan(segments, k_TGD.device)
+        for at, n, slot, past in plan.long:
             k[slot, :, past : past + n] = k_TGD[at : at + n].transpose(0, 1)
             v[slot, :, past : past + n] = v_TGD[at : at + n].transpose(0, 1)
-            at += n
+        if plan.row_N is not None:  # all single rows in one call, not in one for each document
+            k[plan.slot_N, :, plan.past_N] = k_TGD[plan.row_N]
+            v[plan.slot_N, :, plan.past_N] = v_TGD[plan.row_N]
         return k, v
 
     def advance(self, segments: Segments) -> None:
         """Count the rows in that every layer has now written."""
+        self._planned = None
         for slot, n in zip(segments.slots, segments.lengths, strict=True):
-            self.lengths[slot] += n
+            self._lengths[slot] += n
 
     def restart(self, slot: int) -> None:
-        """Forget the past of one document; its rows are written over."""
-        self.lengths[slot] = 0
+        """Forget the past of one document. Its rows become zeros: nothing of it can reach who has the slot next."""
+        self._planned = None
+        for x in (*self._k, *self._v):
+            if x is not None:
+                x[slot].zero_()
+        self._lengths[slot] = 0
 
     def keep(self, slots: Seq[int]) -> None:
         """Keep only these rows, in this order; they become rows 0, 1, … of a smaller cache."""
-        if list(slots) == list(range(self.slots)):
-            return
+        if list(slots) != list(range(self.slots)):
+            self.resize(slots, len(slots))
+
+    def resize(self, keep: Seq[int], slots: int, capacity: int | None = None) -> None:
+        """Copy the documents `keep` into slots 0, 1, … of new buffers for `slots` documents of `capacity` rows.
+
+        A capacity that is too small for what they hold is taken as that; None leaves it as it is.
+        """
+        self._planned = None
+        lengths = [self.lengths[s] for s in keep]
+        used = max(lengths, default=0)
+        self._capacity = max(used, self._capacity if capacity is None else capacity)
         for buffers in (self._k, self._v):
             for layer, x in enumerate(buffers):
                 if x is not None:
-                    buffers[layer] = x[torch.tensor(slots, device=x.device)]
-        self.lengths = [self.lengths[s] for s in slots]
+                    buffers[layer] = None
+                if x is not None and slots:
+                    new = x.new_zeros(slots, x.shape[1], self._capacity, x.shape[3])
+                    new[: len(keep), :, :used] = x[torch.tensor(keep, dtype=torch.int64), :, :used]
+                    buffers[layer] = new
+        self._lengths = lengths + [0] * (slots - len(keep))
+
+    def take(self, slot: int) -> list[tuple[Tensor, Tensor]]:
+        """A copy of one document's keys and values, (G, S, D) each, for every layer."""
+        n = self.lengths[slot]
+        pairs = [(k, v) for k, v in zip(self._k, self._v, strict=True) if k is not None and v is not None]
+        return [(k[slot, :, :n].clone(), v[slot, :, :n].clone()) for k, v in pairs]
+
+    def put(self, slot: int, saved: Seq[tuple[Tensor, Tensor]], rows: int) -> None:
+        """Let the document in an empty slot begin with the first `rows` rows of what `take` gave."""
+        self._planned = None
+        for layer, (k_GSD, v_GSD) in enumerate(saved):
+            k, v = self._buffers(layer, rows, k_GSD.transpose(0, 1))
+            k[slot, :, :rows] = k_GSD[:, :rows]
+            v[slot, :, :rows] = v_GSD[:, :rows]
+        self._lengths[slot] = rows
+
+    def _plan(self, segments: Segments, device: torch.device) -> _Plan:
+        """How this pass is divided; made once for all layers."""
+        if self._planned is None or self._planned.segments is not segments:
+            self._planned = _Plan.of(segments, self.past(segments), device)
+        return self._planned
 
     def _buffers(self, layer: int, need: int, like: Tensor) -> tuple[Tensor, Tensor]:
         k, v = self._k[layer], self._v[layer]
         if k is None or v is None or k.shape[2] < need:
             if need > self._capacity:
-                self._capacity = max(need, 2 * self._capacity, 64)
+                grown = max(need, 2 * self._capacity, 64)
+                self._capacity = grown if self.bound is None else max(need, min(grown, self.bound))
             shape = (self.slots, like.shape[1], self._capacity, like.shape[2])
             # Zeros, not empty memory: a NaN in rows that nobody wrote would survive a weight of zero.
             grown_k, grown_v = like.new_zeros(shape), like.new_zeros(shape)
@@ -140,6 +205,124 @@ class KVCache:
                 grown_v[:, :, : v.shape[2]] = v
             k, v = self._k[layer], self._v[layer] = grown_k, grown_v
         return k, v
+
+
+class _View(KVCache):
+    """Some documents of a cache, renumbered (`KVCache.view`)."""
+
+    def __init__(self, whole: KVCache, slots: Seq[int]) -> None:
+        self._whole, self._slots = whole, tuple(slots)
+        self._resolved: tuple[Segments, Segments] | None = None
+
+    @property
+    def lengths(self) -> list[int]:
+        return [self._whole.lengths[s] for s in self._slots]
+
+    def resolve(self, segments: Segments) -> tuple[KVCache, Segments]:
+        if self._resolved is None or self._resolved[0] is not segments:
+            there = Segments(segments.lengths, tuple(self._slots[s] for s in segments.slots))
+            self._resolved = segments, there
+        return self._whole.resolve(self._resolved[1])
+
+    def advance(self, segments: Segments) -> None:
+        whole, there = self.resolve(segments)
+        whole.advance(there)
+
+
+APART = 100
+"""Keys whose reading takes the time of one more attention call on a CPU (2 key heads of 64 channels, measured)."""
+APART_ELSEWHERE = 8192
+"""The same where calls are launched (an estimate: a few microseconds at the bandwidth of a GPU)."""
+
+
+@dataclass(slots=True)
+class _Plan:
+    """How one pass through a cache is divided: documents with a call of their own, and all others together.
+
+    apart: (first row, rows, slot, past) of documents that bring several rows, or one row and a very long past.
+    long: those of them that are written by a call of their own, too. slots_M, row_M: slot and row of the others,
+    which bring one row each. low, high: their slots lie in this range. `inside` says that the range is read as it
+    lies, M of its rows being of use; else their keys are gathered. row_N, slot_N, past_N: where rows that are written
+    together come from and go.
+    """
+
+    segments: Segments
+    apart: list[tuple[int, int, int, int]]
+    long: list[tuple[int, int, int, int]]
+    slots_M: list[int]
+    row_M: Tensor | None = None
+    low: int = 0
+    high: int = 0
+    inside: bool = True
+    local_M: Tensor | None = None
+    mask: Tensor | None = None
+    longest: int = 0
+    row_N: Tensor | None = None
+    slot_N: Tensor | None = None
+    past_N: Tensor | None = None
+
+    @classmethod
+    def of(cls, segments: Segments, past: tuple[int, ...], device: torch.device) -> _Plan:
+        """The plan for documents of these pasts."""
+        every = list(zip(segments.starts, segments.lengths, segments.slots, past, strict=True))
+        single = [d for d in every if d[1] == 1]
+        call = APART if device.type == "cpu" else APART_ELSEWHERE
+        limit = _longest_together([d[3] + 1 for d in single], call)
+        together = [d for d in single if d[3] < limit]
+        plan = cls(
+            segments,
+            apart=[d for d in every if d[1] > 1 or d[3] >= limit],
+            long=[d for d in every if d[1] > 1 or len(single) <= 2],
+            slots_M=[d[2] for d in together],
+        )
+
+        def tensor(values: Seq[int]) -> Tensor:
+            return torch.tensor(values, dtype=torch.int64, device=device)
+
+        if len(single) > 2:
+            rows, _, slots, pasts = zip(*single, strict=True)
+            plan.row_N, plan.slot_N, plan.past_N = tensor(rows), tensor(slots), tensor(pasts)
+        if not together:
+            return plan
+        M = len(together)
+        plan.low, plan.high = min(plan.slots_M), max(plan.slots_M) + 1
+        if plan.apart or segments.total > M:
+            plan.row_M = tensor([d[0] for d in together])
+        width = plan.high - plan.low
+        plan.inside = width <= 2 * M
+        lengths = [d[3] + 1 for d in together]
+        plan.longest = max(lengths)
+        if plan.inside and plan.slots_M != list(range(plan.low, plan.high)):
+            plan.local_M = tensor([s - plan.low for s in plan.slots_M])
+            ends = [
+                1
+            ] * width  # slots of the range that are not in this call look at one key; nobody reads the result
+            for slot, length in zip(plan.slots_M, lengths, strict=True):
+                ends[slot - plan.low] = length
+            lengths = ends
+        elif not plan.inside:
+            plan.local_M = tensor(plan.slots_M)
+        if min(lengths) != plan.longest:
+            seen = torch.arange(plan.longest, device=device) < tensor(lengths)[:, None]
+            plan.mask = seen[:, None, None]
+        return plan
+
+
+def _longest_together(lengths: list[int], call: int) -> int:
+    """Up to how many keys a document reads them in one call with others, where each pays for the longest.
+
+    The sum of what is read together and of the longer ones' own calls, `call` keys each, is least there.
+    """
+    order = sorted(lengths, reverse=True)
+    if not order:
+        return 0
+    best, cost, apart = order[0], order[0] * len(order), 0
+    for n, longest in enumerate(order):
+        total = apart + longest * (len(order) - n)
+        if total < cost:
+            best, cost = longest, total
+        apart += longest + call
+    return best
 
 
 def attend(
@@ -157,7 +340,8 @@ def attend(
     Args:
         q_THD: queries, already rotated. k_TGD, v_TGD: new keys and values (H a multiple of G).
         segments: the documents; their lengths must add up to T.
-        cache: where keys and values of the past lie and where the new ones go (`layer` is its index).
+        cache: where keys and values of the past lie and where the new ones go (`layer` is its index). Some documents
+            may bring one row and others many: the single rows are one batched call.
         causal: a token sees its own document up to itself; else the whole document (no cache then).
 
     Returns:
@@ -191,15 +375,20 @@ def attend(
 
     if not causal:
         raise ConfigError("a KV cache holds the past of causal attention only")
-    past = cache.past(segments)
+    cache, segments = cache.resolve(segments)
     k, v = cache.write(layer, k_TGD, v_TGD, segments)
-    if len(segments.lengths) == T:  # one new token each: decoding
-        return _decode(q_THD, k, v, segments.slots, [p + 1 for p in past])
-    out, at = [], 0
-    for slot, n, p in zip(segments.slots, segments.lengths, past, strict=True):
-        out.append(_one(q_THD[at : at + n], k[slot, :, : p + n], v[slot, :, : p + n], True))
-        at += n
-    return out[0] if len(out) == 1 else torch.cat(out)
+    plan = cache._plan(segments, q_THD.device)
+    if not plan.apart:  # one new token each: decoding
+        return _decode(q_THD, k, v, plan)
+    if not plan.slots_M and len(plan.apart) == 1:
+        _, n, slot, p = plan.apart[0]
+        return _one(q_THD, k[slot, :, : p + n], v[slot, :, : p + n], True)
+    out = torch.empty_like(q_THD)
+    for at, n, slot, p in plan.apart:
+        out[at : at + n] = _one(q_THD[at : at + n], k[slot, :, : p + n], v[slot, :, : p + n], True)
+    if plan.row_M is not None:
+        out[plan.row_M] = _decode(q_THD[plan.row_M], k, v, plan)
+    return out
 
 
 def _batched(q_NHLD: Tensor, k_NGLD: Tensor, v_NGLD: Tensor, causal: bool) -> Tensor:
@@ -222,11 +411,16 @@ def _batched(q_NHLD: Tensor, k_NGLD: Tensor, v_NGLD: Tensor, causal: bool) -> Te
 
 def _one(q_nHD: Tensor, k_GSD: Tensor, v_GSD: Tensor, causal: bool) -> Tensor:
     """One document: n queries that are the last n of S positions."""
-    n, H, _ = q_nHD.shape
+    n, H, D = q_nHD.shape
     G, S, _ = k_GSD.shape
     mask = None
-    if causal and n < S:  # aligned to the lower right; a single query sees everything, so needs no mask
-        mask = torch.ones(n, S, dtype=torch.bool, device=q_nHD.device).tril(S - n) if n > 1 else None
+    if (
+        n == 1 < S
+    ):  # it sees everything; grouped heads fold into the query axis (in bf16 on a CPU, a tenth of the time)
+        q = q_nHD.reshape(1, G, H // G, D)
+        return F.scaled_dot_product_attention(q, k_GSD[None], v_GSD[None]).reshape(1, H, D)
+    if causal and n < S:  # aligned to the lower right
+        mask = torch.ones(n, S, dtype=torch.bool, device=q_nHD.device).tril(S - n)
     o = F.scaled_dot_product_attention(
         q_nHD.transpose(0, 1)[None],
         k_GSD[None],
@@ -238,22 +432,20 @@ def _one(q_nHD: Tensor, k_GSD: Tensor, v_GSD: Tensor, causal: bool) -> Tensor:
     return o[0].transpose(0, 1)
 
 
-def _decode(q_NHD: Tensor, k: Tensor, v: Tensor, slots: Seq[int], lengths: list[int]) -> Tensor:
+def _decode(q_MHD: Tensor, k: Tensor, v: Tensor, plan: _Plan) -> Tensor:
     """One query a document against its cached keys. Grouped heads fold into the query axis: no key is copied."""
-    N, H, D = q_NHD.shape
-    G = k.shape[1]
-    longest = max(lengths)
-    q = q_NHD.view(N, G, H // G, D)
-    if tuple(slots) == tuple(range(k.shape[0])):
-        k, v = k[:, :, :longest], v[:, :, :longest]
+    M, H, D = q_MHD.shape
+    G, longest = k.shape[1], plan.longest
+    if not plan.inside:  # few documents, far apart: their keys are copied, not those between them read
+        k, v = k[plan.local_M, :, :longest], v[plan.local_M, :, :longest]
     else:
-        rows = torch.tensor(slots, device=k.device)
-        k, v = k[rows, :, :longest], v[rows, :, :longest]
-    mask = None
-    if min(lengths) != longest:
-        ends = torch.tensor(lengths, device=q.device)
-        mask = (torch.arange(longest, device=q.device) < ends[:, None])[:, None, None]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(N, H, D)
+        k, v = k[plan.low : plan.high, :, :longest], v[plan.low : plan.high, :, :longest]
+    if plan.inside and plan.local_M is not None:
+        q = q_MHD.new_zeros(plan.high - plan.low, H, D).index_copy(0, plan.local_M, q_MHD)
+        o = F.scaled_dot_product_attention(q.view(-1, G, H // G, D), k, v, attn_mask=plan.mask)
+        return o.reshape(-1, H, D)[plan.local_M]
+    q = q_MHD.reshape(M, G, H // G, D)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=plan.mask).reshape(M, H, D)
 
 
 def attend_reference(

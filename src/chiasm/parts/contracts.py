@@ -25,6 +25,24 @@ Pick = Callable[[Tensor, int], int]
 """(float32 logits_V, document) -> chosen id. The generation loop owns sampling; a head may call it often."""
 
 
+Layers = list[tuple[Tensor, Tensor]]
+"""Keys and values, (G, S, D) each, of one document in every layer of a stack."""
+
+
+@dataclass(frozen=True, slots=True)
+class Past:
+    """What a model remembers of one document, taken out of any batch: `ModelCache.take`, `ModelCache.put`."""
+
+    trunk: Layers
+    embed: Layers | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all keys and values."""
+        layers = self.trunk + (self.embed or [])
+        return sum(x.numel() * x.element_size() for pair in layers for x in pair)
+
+
 @dataclass(slots=True)
 class ModelCache:
     """All that a model remembers of the documents it is writing.
@@ -44,11 +62,32 @@ class ModelCache:
         if self.embed is not None:
             self.embed.keep(slots)
 
+    def view(self, slots: list[int]) -> ModelCache:
+        """The same memory for a pass over some documents only, which are its rows 0, 1, …"""
+        embed = None if self.embed is None else self.embed.view(slots)
+        return ModelCache(self.trunk.view(slots), embed, self.state)
+
+    def resize(self, keep: list[int], slots: int, capacity: int | None = None) -> None:
+        """The documents `keep` as rows 0, 1, … of a cache for `slots` of `capacity` rows (see `KVCache.resize`)."""
+        self.trunk.resize(keep, slots, capacity)
+        if self.embed is not None:
+            self.embed.resize(keep, slots)
+
     def restart(self, slot: int) -> None:
         """Forget what was read of one document; a head's memory of it stays."""
         self.trunk.restart(slot)
         if self.embed is not None:
             self.embed.restart(slot)
+
+    def take(self, slot: int) -> Past:
+        """A copy of what was read of one document."""
+        return Past(self.trunk.take(slot), None if self.embed is None else self.embed.take(slot))
+
+    def put(self, slot: int, past: Past, rows: int, own_rows: int) -> None:
+        """Begin the document of an empty row with the first `rows` (in the embedder `own_rows`) of `past`."""
+        self.trunk.put(slot, past.trunk, rows)
+        if self.embed is not None and past.embed is not None:
+            self.embed.put(slot, past.embed, own_rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +146,11 @@ class Emission:
 
 
 class Embedder(Protocol):
-    """Sequence -> (T, C). May run layers of its own, with its own cache; documents must not see each other."""
+    """Sequence -> (T, C). May run layers of its own, with its own cache; documents must not see each other.
+
+    An embedder with a cache has `new_cache(slots)`. Where it spends several of its own rows on one of the sequence, it
+    also has `own_rows(sequence)`, their numbers (T,) int64, so that the past of a prompt can be cut in both at once.
+    """
 
     def __call__(self, sequence: Sequence, cache: ModelCache | None = None) -> Embedded:
         """See the class."""
