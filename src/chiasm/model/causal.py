@@ -26,6 +26,8 @@ class CausalVLM(nn.Module):
         self.embedder, self.trunk, self.head = embedder, trunk, head
         self.quantized: str | None = None
         """How its weights have been rounded, see `chiasm.model.quantize`."""
+        self.static: bool | None = None
+        """Whether passes that only decode have fixed shapes (`chiasm.model.static`); None: on CUDA devices."""
 
     @property
     def device(self) -> torch.device:

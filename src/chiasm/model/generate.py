@@ -18,21 +18,25 @@ Legend: N documents of a pass, C width, V vocabulary.
 from __future__ import annotations
 
 import heapq
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from chiasm.data.sequence import Sequence
+from chiasm.data.sequence import TEXT, Sequence
 from chiasm.errors import ChiasmError, ConfigError
 from chiasm.model.causal import CausalVLM
 from chiasm.model.prefix import PrefixCache, Rows, steady_length
+from chiasm.model.static import StaticPass, fits
 from chiasm.nn.attention import Segments
 from chiasm.nn.products import single_row_products
 from chiasm.nn.sampling import Sampling, choose
 from chiasm.parts.contracts import ModelCache
 
+STEADY = 8
+"""Passes with the same cache before one of fixed shapes is made for it."""
 ROOM = 256
 """Rows for an answer that are allocated at once; longer ones grow the cache by doubling."""
 
@@ -158,6 +162,12 @@ class Decoding:
         self._prefixes = None if keep_hidden or self._begin else prefixes
         if self._prefixes is not None:
             self._prefixes.bind(model)
+        self._pick = _Picker(self._choose, self._documents)
+        wanted = model.device.type == "cuda" if model.static is None else model.static
+        self._fixed = wanted and fits(model)
+        self._static: StaticPass | None = None
+        self._seen: Tensor | None = None
+        self._steady_passes = 0
         self._free: list[int] = list(range(n))
         documents = [self._document(p, s, m) for p, s, m in zip(prompts, samplings, limits, strict=True)]
         longest = max((d.rows + min(d.limit, ROOM) for d in documents), default=0)
@@ -215,8 +225,10 @@ class Decoding:
             return []
         lengths = [1] * len(self._writing) + [rows for _, rows in chunks]
         segments = Segments.of(lengths, [document.slot for document in documents])
-        with single_row_products(segments.total == 1):
-            hidden_TC = self._read(chunks, segments)
+        hidden_TC = None if chunks else self._read_static()
+        if hidden_TC is None:
+            with single_row_products(segments.total == 1):
+                hidden_TC = self._read(chunks, segments)
         for document, rows in chunks:
             _mark_read(document, rows)
         ready = [n for n, document in enumerate(documents) if not document.unread]
@@ -225,6 +237,25 @@ class Decoding:
         last = segments.last_rows
         hidden_NC = hidden_TC if len(ready) == segments.total else hidden_TC[[last[n] for n in ready]]
         return self._emit([documents[n] for n in ready], hidden_NC)
+
+    def _read_static(self) -> Tensor | None:
+        """The same for documents being written, in a pass of fixed shapes; None where there can be none."""
+        rows, cache = self._next, self._cache.trunk
+        if not self._fixed or rows is None or rows.spans or rows.pos_T.dim() > 1:
+            return None
+        if self._static is None or not self._static.matches(cache):
+            # A graph pays for being recorded when it is replayed: not before the cache has kept its size for a while.
+            buffers = cache.buffers()
+            same = buffers and self._seen is not None and buffers[0][0] is self._seen
+            self._steady_passes = self._steady_passes + 1 if same else 0
+            self._seen = buffers[0][0] if buffers else None
+            if self._steady_passes < STEADY or bool((rows.kind_T != TEXT).any()):
+                return None
+            self._static = StaticPass(self.model, cache)
+        if not self._static.room():
+            return None
+        slots = [document.slot for document in self._writing]
+        return self._static(rows.ids_T.tolist(), rows.pos_T.tolist(), slots)
 
     def _read(self, chunks: list[tuple[_Document, int]], segments: Segments) -> Tensor:
         """Hidden states of the next row of documents being written, then of these rows of those being read."""
@@ -388,7 +419,7 @@ class Decoding:
             chunks.append((document, rows))
         return sorted(chunks, key=lambda chunk: chunk[0].number)
 
-    def _pick(self, logits_V: Tensor, doc: int) -> int:
+    def _choose(self, logits_V: Tensor, doc: int) -> int:
         document = self._documents[doc]
         seen = torch.tensor(sorted(document.seen), dtype=torch.int64)
         try:
@@ -462,6 +493,28 @@ class Decoding:
         for n, document in enumerate(documents):
             document.slot = n
         self._free = list(range(len(documents), slots))
+
+
+class _Picker:
+    """What heads choose ids with (`chiasm.parts.contracts.Pick`)."""
+
+    def __init__(self, one: Callable[[Tensor, int], int], documents: dict[int, _Document]) -> None:
+        self._one, self._documents = one, documents
+
+    def __call__(self, logits_V: Tensor, doc: int) -> int:
+        return self._one(logits_V, doc)
+
+    def rows(self, logits_NV: Tensor, docs: list[int]) -> list[int]:
+        """The likeliest ids of all rows are looked for at once, and the device is waited for once."""
+        likeliest_N = logits_NV.argmax(-1)
+        broken_N = logits_NV.amax(-1).isnan()
+        found = torch.stack((likeliest_N, broken_N.to(likeliest_N.dtype))).tolist()
+        ids = []
+        for n, doc in enumerate(docs):
+            sampling = self._documents[doc].sampling
+            simple = sampling.greedy and sampling.repetition_penalty == 1 and not found[1][n]
+            ids.append(found[0][n] if simple else self._one(logits_NV[n], doc))
+        return ids
 
 
 def _own(rows: Rows) -> int:

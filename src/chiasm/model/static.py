@@ -1,4 +1,4 @@
-"""A decoding pass of fixed shapes: what a GPU can replay as one graph.
+"""A pass of fixed shapes through the decoder: what a GPU can replay as one graph.
 
 Launching the few hundred kernels of a pass costs a GPU more time than one row keeps it busy. A CUDA graph records them
 once and launches them together, which needs that nothing about the pass is decided on the host: no lengths in Python,
@@ -9,14 +9,17 @@ without a document compute rubbish that nobody reads; what they write lies where
 `run_eager` is the pass as it is, on any device, and the slow twin of the replayed one. The ragged pass of
 `chiasm.model.generate` is the twin of both.
 
-No GPU was at hand when this was written: eager and compiled passes are tested on a CPU, recording and replaying are not.
+No GPU was at hand when this was written: eager and compiled passes are tested on a CPU, recording and replaying are
+not.
 
-Legend: N slots, C width, H query and G key/value heads of D channels, S capacity of a slot, V words in use.
+Legend: N slots, C width, H query and G key/value heads of D channels, S capacity of a slot.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +30,6 @@ from chiasm.nn.attention import KVCache
 from chiasm.nn.block import Block, SwiGLU
 from chiasm.nn.rope import rotate
 from chiasm.parts.embed import WordTable
-from chiasm.parts.heads.text import TextHead
 from chiasm.parts.language.decoder import Decoder
 
 __all__ = ["StaticPass", "fits"]
@@ -36,7 +38,7 @@ _WARM_UP = 3  # passes before recording: libraries allocate their work space in 
 
 
 def fits(model: CausalVLM) -> bool:
-    """Whether a model decodes in passes of fixed shapes: text embedded by a table, a plain decoder, a text head.
+    """Whether a model can decode in passes of fixed shapes: text embedded by a table, and a plain decoder.
 
     Rotations whose frequencies depend on the length of a document are decided on the host, and a decoder on several
     devices is no one graph.
@@ -47,7 +49,6 @@ def fits(model: CausalVLM) -> bool:
         and trunk.devices is None
         and trunk.rope.kind not in ("dynamic", "longrope")
         and all(isinstance(block, Block) and isinstance(block.ffn, SwiGLU) for block in trunk.layers)
-        and type(model.head) is TextHead
         and isinstance(getattr(embedder, "words", None), WordTable)
         and getattr(embedder, "new_cache", None) is None
     )
@@ -79,7 +80,7 @@ class StaticPass:
         zeros = torch.zeros(self.slots, dtype=torch.int64, device=self.device)
         self._ids, self._past = zeros, zeros.clone()
         self._pos = torch.zeros(self.slots, device=self.device)
-        self._logits = torch.empty(0, device=self.device)
+        self._hidden = torch.empty(0, device=self.device)
         self._call: Callable[[Tensor, Tensor, Tensor], Tensor] = self.run_eager
         if compile:
             self._call = torch.compile(self.run_eager, dynamic=False, fullgraph=True)
@@ -96,14 +97,14 @@ class StaticPass:
         return max(self._cache.lengths) < self.capacity
 
     @torch.inference_mode()
-    def __call__(self, ids: Sequence[int], pos: Sequence[float], slots: Sequence[int]) -> Tensor:
+    def __call__(self, ids: Seq[int], pos: Seq[float], slots: Seq[int]) -> Tensor:
         """Read one row of each of these documents and count it in.
 
         Args:
             ids, pos: token and position of each document's row. slots: where the documents lie in the cache.
 
         Returns:
-            (len(slots), V) float32 logits on the device.
+            (len(slots), C) hidden states; they are written over by the next call.
         """
         lengths = self._cache.lengths
         all_ids, all_pos = [0] * self.slots, [0.0] * self.slots
@@ -114,27 +115,28 @@ class StaticPass:
         self._pos.copy_(torch.tensor(all_pos), non_blocking=True)
         self._past.copy_(torch.tensor(lengths), non_blocking=True)
         if not self._graph_wanted:
-            logits_NV = self._call(self._ids, self._pos, self._past)
+            hidden_NC = self._call(self._ids, self._pos, self._past)
         else:
             if self._graph is None:
                 self._record()
             assert self._graph is not None
             self._graph.replay()
-            logits_NV = self._logits
+            hidden_NC = self._hidden
         for slot in slots:
             self._cache.lengths[slot] += 1
-        return logits_NV if list(slots) == list(range(self.slots)) else logits_NV[list(slots)]
+        return hidden_NC if list(slots) == list(range(self.slots)) else hidden_NC[list(slots)]
 
     def run_eager(self, ids_N: Tensor, pos_N: Tensor, past_N: Tensor) -> Tensor:
-        """(N,) tokens, positions and lengths -> (N, V) logits; writes keys and values behind each document's past."""
-        decoder: Decoder = self._model.trunk  # type: ignore[assignment]
-        x_NC = self._model.embedder.words(ids_N)  # type: ignore[operator]
+        """(N,) tokens, positions, lengths -> (N, C) hidden states; keys and values go behind each document's past."""
+        decoder = cast(Decoder, self._model.trunk)
+        x_NC = cast(Any, self._model.embedder).words(ids_N)
         dtype = x_NC.dtype
         half = dtype == torch.float16
         table = decoder.rope.table(pos_N, dtype)
         mask_N11S = (self._keys <= past_N[:, None])[:, None, None]
         x_NC = x_NC.float() if half else x_NC
-        for block, (k_NGSD, v_NGSD) in zip(decoder.layers, self._buffers, strict=True):
+        for layer, (k_NGSD, v_NGSD) in zip(decoder.layers, self._buffers, strict=True):
+            block = cast(Block, layer)
             attn = block.attn
             H, G, D = attn.heads, attn.kv_heads, attn.head_dim
             h_NC = block.norm1(x_NC)
@@ -146,9 +148,9 @@ class StaticPass:
             o = F.scaled_dot_product_attention(q_NGRD, k_NGSD, v_NGSD, attn_mask=mask_N11S)
             x_NC = x_NC + attn.out(o.reshape(-1, H * D))
             h_NC = block.norm2(x_NC)
-            x_NC = x_NC + block.ffn(h_NC.half() if half else h_NC)
+            x_NC = x_NC + cast(SwiGLU, block.ffn)(h_NC.half() if half else h_NC)
         x_NC = decoder.norm(x_NC)
-        return self._model.head.logits(x_NC.half() if half else x_NC)  # type: ignore[operator]
+        return x_NC.half() if half else x_NC
 
     def _record(self) -> None:
         """Record the pass. The passes before it write where the replayed one writes again."""
@@ -160,4 +162,4 @@ class StaticPass:
         torch.cuda.current_stream(self.device).wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
-            self._logits = self._call(self._ids, self._pos, self._past)
+            self._hidden = self._call(self._ids, self._pos, self._past)

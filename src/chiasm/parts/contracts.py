@@ -11,9 +11,8 @@ Legend: T rows of all documents, C width, N live documents (one row each), V voc
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -21,8 +20,18 @@ from torch import Tensor
 from chiasm.data.sequence import Sequence
 from chiasm.nn.attention import KVCache, Segments
 
-Pick = Callable[[Tensor, int], int]
-"""(float32 logits_V, document) -> chosen id. The generation loop owns sampling; a head may call it often."""
+
+@runtime_checkable
+class Pick(Protocol):
+    """Chooses ids from logits. The generation loop owns sampling; a head may call it often in one step."""
+
+    def __call__(self, logits_V: Tensor, doc: int) -> int:
+        """One id from float32 logits (V,) of this document."""
+        ...
+
+    def rows(self, logits_NV: Tensor, docs: list[int]) -> list[int]:
+        """One id from each row, (N, V) float32, row n being of document `docs[n]`: the same as one by one, sooner."""
+        ...
 
 
 Layers = list[tuple[Tensor, Tensor]]

@@ -55,6 +55,5 @@ class TextHead(nn.Module):
 
     def step(self, hidden_NC: Tensor, docs: list[int], pick: Pick, cache: ModelCache) -> Emission:
         """One token for every document."""
-        logits_NV = self.logits(hidden_NC)
-        ids = [pick(logits_V, doc) for logits_V, doc in zip(logits_NV, docs, strict=True)]
+        ids = pick.rows(self.logits(hidden_NC), docs)
         return Emission(ids=list(ids), next=Sequence.of_rows(ids))
