@@ -227,6 +227,22 @@ def test_a_short_request_does_not_wait_for_a_long_prompt(model: ChatModel) -> No
     assert ends == [short, long]
 
 
+def test_a_deterministic_model_answers_with_the_bits_of_chat(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_chat(deterministic=True)
+    requests = ragged(9, seed=2)
+    rows: list[torch.Tensor] = []
+    logits = model.model.head.logits
+    monkeypatch.setattr(model.model.head, "logits", lambda hidden: rows.append(logits(hidden)) or rows[-1])
+    alone = [model.chat(messages, **options) for messages, options in requests]
+    expected = torch.cat(rows)
+    rows.clear()
+    queue = model.queue(max_rows=16)
+    tickets = [queue.submit(messages, **options) for messages, options in requests]
+    replies = finish(queue)
+    assert [replies[ticket] for ticket in tickets] == alone
+    assert torch.equal(torch.cat(rows), expected)
+
+
 def test_a_failing_pass_ends_what_ran_and_nothing_else(
     model: ChatModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

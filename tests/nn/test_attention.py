@@ -123,6 +123,22 @@ def test_long_pasts_are_read_apart_where_that_reads_less(lengths: list[int]) -> 
     assert cost(chosen) == min(cost(limit) for limit in lengths)
 
 
+def test_layers_may_lie_on_several_devices() -> None:
+    """The meta device stands for a second one: it refuses indices and masks of another as any would."""
+    cache = KVCache(2, 5)
+    for lengths, slots in (
+        ([2, 3, 1, 1], [0, 1, 2, 4]),
+        ([1, 1, 1, 2], [4, 0, 2, 1]),
+        ([1, 1, 1], [1, 0, 4]),
+    ):
+        segments = Segments.of(lengths, slots)
+        for layer, device in enumerate(("cpu", "meta")):
+            x = rows(segments.total, 2, 0).to(device)
+            assert attend(x, x, x, segments, cache=cache, layer=layer).device.type == device
+        cache.advance(segments)
+    assert cache.lengths == [4, 6, 2, 0, 3]
+
+
 def test_a_view_is_the_same_memory() -> None:
     cache, x = KVCache(1, 3), rows(5, 2, 0)
     segments = Segments.of([2, 3], [0, 2])

@@ -7,7 +7,8 @@
 
 Order and fairness. First come, first served: a request starts when those before it have started and there is room. Then
 all that run get one token a step, whatever their length, and prompts that are being read share the rows of a step
-evenly, so that a long one delays neither those being written nor the short prompts beside it.
+evenly, so that a long one delays neither those being written nor the short prompts beside it. Clients are not told
+apart: who serves many of them decides what to submit next, and cancels what nobody waits for any more.
 
 Memory. A request needs its prompt and its limit in rows of the KV cache. The cache has as many rows for every document
 as the longest needs, so what is bounded is documents times the longest (`max_tokens`): many short or few long ones.
@@ -88,7 +89,8 @@ class Queue:
     """Requests to one `ChatModel`, answered together (see the file's head for order, memory, failures and threads).
 
     Args:
-        model: who answers. Its caches of features and prefixes serve all requests.
+        model: who answers. Its caches of features and prefixes serve all requests. One that is `deterministic` answers
+            one request after the other, each prompt read in one piece: bit-equal to `chat`.
         max_running: most requests at once.
         max_tokens: most rows of the KV cache, documents at once times the longest of them (prompt and limit).
         max_rows: most rows of prompts read in a step, beside the rows of those being written. Encoding the pictures of
@@ -116,7 +118,10 @@ class Queue:
             if value < 1:
                 raise ConfigError(f"queue option {name} must be at least 1, found {value}")
         self.model = model
-        self.max_running, self.max_tokens, self.max_rows = max_running, max_tokens, max_rows
+        self.max_running, self.max_tokens = max_running, max_tokens
+        self.max_rows: int | None = max_rows
+        if model.deterministic:  # alone and in one piece, the only way to the bits of `chat`
+            self.max_running, self.max_rows = 1, None
         self.refuse_large = refuse_large
         self._tickets = itertools.count()
         self._lock = threading.Condition()  # guards the next two and `cancelled` of every request
@@ -258,7 +263,8 @@ class Queue:
                         f"the request needs {request.need} tokens, {request.limit} of them for its answer, and the "
                         f"queue has room for {self.max_tokens}: ask for a shorter answer, or raise max_tokens"
                     )
-                if not self._fits(request) or (rows and rows + prompt > self.max_rows):
+                crowded = rows and self.max_rows is not None and rows + prompt > self.max_rows
+                if crowded or not self._fits(request):
                     return
                 doc = self._start(request)
             except Exception as error:  # this request's own: its messages, its pictures

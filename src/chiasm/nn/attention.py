@@ -90,7 +90,7 @@ class KVCache:
         self._capacity = capacity
         self._k: list[Tensor | None] = [None] * layers
         self._v: list[Tensor | None] = [None] * layers
-        self._planned: _Plan | None = None
+        self._planned: dict[torch.device, _Plan] = {}
 
     @property
     def lengths(self) -> list[int]:
@@ -134,13 +134,13 @@ class KVCache:
 
     def advance(self, segments: Segments) -> None:
         """Count the rows in that every layer has now written."""
-        self._planned = None
+        self._planned.clear()
         for slot, n in zip(segments.slots, segments.lengths, strict=True):
             self._lengths[slot] += n
 
     def restart(self, slot: int) -> None:
         """Forget the past of one document. Its rows become zeros: nothing of it can reach who has the slot next."""
-        self._planned = None
+        self._planned.clear()
         for x in (*self._k, *self._v):
             if x is not None:
                 x[slot].zero_()
@@ -156,7 +156,7 @@ class KVCache:
 
         A capacity that is too small for what they hold is taken as that; None leaves it as it is.
         """
-        self._planned = None
+        self._planned.clear()
         lengths = [self.lengths[s] for s in keep]
         used = max(lengths, default=0)
         self._capacity = max(used, self._capacity if capacity is None else capacity)
@@ -178,7 +178,7 @@ class KVCache:
 
     def put(self, slot: int, saved: Seq[tuple[Tensor, Tensor]], rows: int) -> None:
         """Let the document in an empty slot begin with the first `rows` rows of what `take` gave."""
-        self._planned = None
+        self._planned.clear()
         for layer, (k_GSD, v_GSD) in enumerate(saved):
             k, v = self._buffers(layer, rows, k_GSD.transpose(0, 1))
             k[slot, :, :rows] = k_GSD[:, :rows]
@@ -186,10 +186,11 @@ class KVCache:
         self._lengths[slot] = rows
 
     def _plan(self, segments: Segments, device: torch.device) -> _Plan:
-        """How this pass is divided; made once for all layers."""
-        if self._planned is None or self._planned.segments is not segments:
-            self._planned = _Plan.of(segments, self.past(segments), device)
-        return self._planned
+        """How this pass is divided; made once for all layers of a device."""
+        plan = self._planned.get(device)
+        if plan is None or plan.segments is not segments:
+            plan = self._planned[device] = _Plan.of(segments, self.past(segments), device)
+        return plan
 
     def _buffers(self, layer: int, need: int, like: Tensor) -> tuple[Tensor, Tensor]:
         k, v = self._k[layer], self._v[layer]
