@@ -69,6 +69,16 @@ def test_packed_equals_separate_in_loss_and_gradient(skeleton: Skeleton) -> None
         assert_same(together[name], gradient, name)
 
 
+class Likeliest:
+    """The greedy choice."""
+
+    def __call__(self, logits_V: torch.Tensor, doc: int) -> int:
+        return int(logits_V.argmax())
+
+    def rows(self, logits_NV: torch.Tensor, docs: list[int]) -> list[int]:
+        return [self(logits_V, doc) for logits_V, doc in zip(logits_NV, docs, strict=True)]
+
+
 def decode_without_cache(
     skeleton: Skeleton, prompt: Sequence, doc: int
 ) -> list[tuple[int | None, list[int] | None]]:
@@ -82,7 +92,7 @@ def decode_without_cache(
     with torch.inference_mode():
         for _ in range(skeleton.limit):
             hidden = model.hidden(prompt)
-            emission: Emission = model.head.step(hidden[-1:], [doc], lambda row, d: int(row.argmax()), cache)
+            emission: Emission = model.head.step(hidden[-1:], [doc], Likeliest(), cache)
             out.append((emission.ids[0], emission.codes[0] if emission.codes else None))
             prompt = extend(prompt, emission.next)
     return out

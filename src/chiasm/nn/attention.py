@@ -119,6 +119,10 @@ class KVCache:
         """The cache that owns the buffers, and the segments in its slots."""
         return self, segments
 
+    def buffers(self) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of every layer that has written, (slots, G, capacity, D) each: the memory itself."""
+        return [(k, v) for k, v in zip(self._k, self._v, strict=True) if k is not None and v is not None]
+
     def write(self, layer: int, k_TGD: Tensor, v_TGD: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
         """Store new rows behind each document's past; returns the layer's (slots, G, capacity, D) buffers."""
         need = max(self.lengths[s] + n for s, n in zip(segments.slots, segments.lengths, strict=True))
@@ -173,8 +177,7 @@ class KVCache:
     def take(self, slot: int) -> list[tuple[Tensor, Tensor]]:
         """A copy of one document's keys and values, (G, S, D) each, for every layer."""
         n = self.lengths[slot]
-        pairs = [(k, v) for k, v in zip(self._k, self._v, strict=True) if k is not None and v is not None]
-        return [(k[slot, :, :n].clone(), v[slot, :, :n].clone()) for k, v in pairs]
+        return [(k[slot, :, :n].clone(), v[slot, :, :n].clone()) for k, v in self.buffers()]
 
     def put(self, slot: int, saved: Seq[tuple[Tensor, Tensor]], rows: int) -> None:
         """Let the document in an empty slot begin with the first `rows` rows of what `take` gave."""
