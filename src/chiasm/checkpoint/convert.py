@@ -34,7 +34,7 @@ from chiasm.errors import CheckpointError, ConfigError, UsageError
 from chiasm.text.templates import TEMPLATES, get_template
 from chiasm.text.tokenizer import Tokenizer
 
-__all__ = ["ConvertReport", "Target", "added_tokens", "convert", "convert_part"]
+__all__ = ["ConvertReport", "Target", "added_tokens", "completed", "convert", "convert_part"]
 
 Target = Literal["original", "hf", "hf-old"]
 
@@ -157,7 +157,7 @@ def convert(
         opened.adapter.check(opened.reader)
         if template is not None:
             _ = get_template(template)
-        draft = draft_of(opened, _completed(opened, opened.public, image_token_id))
+        draft = draft_of(opened, completed(opened, opened.public, image_token_id))
         words = src
         if language is not None:
             draft = with_language(draft, language, template=template, seed=seed)
@@ -236,7 +236,7 @@ def _merged(reader: CheckpointReader) -> tuple[str, ...]:
     return (f"LoRA adapters of {reader.merged} weights were merged",)
 
 
-def _completed(
+def completed(
     opened: OpenedCheckpoint, public: InternVLPublicConfig, image_token_id: int | None
 ) -> InternVLPublicConfig:
     """The public config with what other files of the folder know, in the form that both layouts can be made of."""
