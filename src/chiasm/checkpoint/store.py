@@ -366,6 +366,7 @@ def write_checkpoint(
     metadata: Mapping[str, str] | None = None,
     files: Mapping[str, str | bytes | Path] | None = None,
     force: bool = False,
+    verify: Callable[[Path], None] | None = None,
 ) -> Written:
     """Write a checkpoint folder; it appears whole or not at all.
 
@@ -380,6 +381,7 @@ def write_checkpoint(
         metadata: strings for the header of every shard.
         files: further files by name: text, bytes, or a path to copy from.
         force: replace an existing checkpoint folder. A folder that is not a checkpoint is never replaced.
+        verify: called with the folder when all is in it and before it is renamed; what it raises undoes everything.
 
     Raises:
         CheckpointError: the target exists, or a tensor or file cannot be written.
@@ -391,6 +393,8 @@ def write_checkpoint(
         (temporary / CONFIG).write_text(_json(config), encoding="utf-8")
         for name, content in (files or {}).items():
             _write_file(temporary / name, content)
+        if verify is not None:
+            verify(temporary)
     return written
 
 
