@@ -19,6 +19,7 @@ __all__ = [
     "DataError",
     "ImageError",
     "MissingExtraError",
+    "ServiceError",
     "TemplateError",
     "UsageError",
     "missing_extra",
@@ -59,6 +60,10 @@ class DataError(ChiasmError):
 
 class ContextOverflowError(ChiasmError):
     """The sequence is longer than the model's context window."""
+
+
+class ServiceError(ChiasmError):
+    """A server that was asked over the network is not there, refuses, or does not answer as it should."""
 
 
 class MissingExtraError(ChiasmError):
