@@ -294,6 +294,10 @@ def test_models_to_choose_from():
         assert Endpoint(mock.url).choose("b") == "b"
         with pytest.raises(ServiceError, match=r"no model 'c': it has a, b; name one"):
             Endpoint(mock.url).choose("c")
+    with serving(Mock(raw=lambda path, request: (500, b""))) as mock:
+        assert Endpoint(mock.url).choose("c") == "c"  # it cannot list them; the name may be right all the same
+        with pytest.raises(ServiceError, match="answers 500"):
+            Endpoint(mock.url).choose()
 
 
 @pytest.mark.parametrize(

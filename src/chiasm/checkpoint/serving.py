@@ -199,10 +199,10 @@ def _words(
     path = folder / GENERATION
     ends = read_json(path).get("eos_token_id") if path.is_file() else None
     ends = ends if isinstance(ends, list) else [ends]
-    if stop is not None and stop not in ends:
+    if template is not None and stop is not None and stop not in ends:
         yield Finding(
             "differs",
-            f"{GENERATION} does not end answers at {template.stop if template else stop!r} ({stop})",
+            f"{GENERATION} does not end answers at {template.stop!r} ({stop})",
             "chiasm convert writes it",
         )
     else:

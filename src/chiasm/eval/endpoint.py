@@ -110,10 +110,17 @@ class Endpoint:
     def choose(self, wanted: str | None = None) -> str:
         """The model to ask: the one wanted, or the only one there is.
 
+        A wanted one is taken at its word where the server fails over listing what it has.
+
         Raises:
             ServiceError: the server has no such model, none, or several to choose from.
         """
-        names = self.models()
+        try:
+            names = self.models()
+        except Refused:
+            if wanted is None:
+                raise
+            return wanted
         if wanted is None and len(names) == 1:
             return names[0]
         if wanted is not None and wanted in names:
