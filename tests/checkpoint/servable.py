@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from tests.checkpoint.random_checkpoints import CLASSES
-from tiny_tokenizers import byte_fallback, byte_level
 
 from chiasm.checkpoint.adapters import adapter_for
 from chiasm.parts.language.config import LanguageConfig
 from chiasm.parts.vision.internvit import InternViTConfig
+from tiny_tokenizers import byte_fallback, byte_level
 
 PIECES = ("internlm2", "internlm3", "phi3")  # families whose tokenizer is SentencePiece's
 LLAMA3 = {

@@ -301,8 +301,10 @@ def test_transformers_tokenizer_and_image_processor_read_the_folder(tmp_path):
 def rendered(folder, messages, **variables):
     """What transformers makes of the folder's chat template."""
     source = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    return Environment(trim_blocks=True, lstrip_blocks=True).from_string(source).render(
-        messages=messages, **variables
+    return (
+        Environment(trim_blocks=True, lstrip_blocks=True)
+        .from_string(source)
+        .render(messages=messages, **variables)
     )
 
 
@@ -313,9 +315,7 @@ def test_the_chat_template_spells_our_own(tmp_path, to, picture):
     turns = [("user", " What?\n"), ("assistant", "This. "), ("user", "And?")]
     for system in ([], [("system", "Be kind.\n")]):
         said = [*system, *turns]
-        ours = join(
-            TEMPLATES["internvl2_5"].render(said, system="Be 'brief' and \"kind\".", generate=True)
-        )
+        ours = join(TEMPLATES["internvl2_5"].render(said, system="Be 'brief' and \"kind\".", generate=True))
         messages = [{"role": role, "content": text} for role, text in said]
         assert rendered(tmp_path / "b", messages, add_generation_prompt=True) == ours
     parts = [{"type": "image"}, {"type": "image"}, {"type": "video"}, {"type": "text", "text": "see"}]

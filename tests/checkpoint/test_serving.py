@@ -115,13 +115,20 @@ def test_tokens_and_ends(original, tmp_path):
     assert any("context_image_token" in one for one in said(tmp_path / "m", "vllm", "missing"))
     path.write_text(json.dumps(config))
     (tmp_path / "m" / "generation_config.json").write_text('{"eos_token_id": 3}')
-    assert any("does not end answers at '<|im_end|>'" in one for one in said(tmp_path / "m", "lmdeploy", "differs"))
+    assert any(
+        "does not end answers at '<|im_end|>'" in one for one in said(tmp_path / "m", "lmdeploy", "differs")
+    )
 
 
 @pytest.mark.parametrize(
     ("server", "config", "status", "match"),
     [
-        ("vllm", {"force_image_size": 224}, "differs", "cuts tiles of the encoder's 448 pixels, the model of 224"),
+        (
+            "vllm",
+            {"force_image_size": 224},
+            "differs",
+            "cuts tiles of the encoder's 448 pixels, the model of 224",
+        ),
         ("vllm", {"pad2square": True}, "differs", "does not pad pictures"),
         ("lmdeploy", {"force_image_size": None}, "missing", "config.json has no force_image_size"),
         ("lmdeploy", {"ps_version": "v1"}, "refused", "ps_version 'v2' only"),
@@ -184,7 +191,9 @@ def test_convert_for_servers(original, tmp_path, capsys):
     err = capsys.readouterr().err
     assert f"nothing was written, for lmdeploy {RELEASES['lmdeploy']} could not serve it" in err
     assert "chiasm convert --to hf-old" in err
-    assert main(["convert", str(tmp_path / "a"), str(tmp_path / "c"), "--for", "sglang", "--for", "vllm"]) == 1
+    assert (
+        main(["convert", str(tmp_path / "a"), str(tmp_path / "c"), "--for", "sglang", "--for", "vllm"]) == 1
+    )
     assert PYTHON in capsys.readouterr().err  # they do not come back from the -hf layout
     assert main(["convert", src, str(tmp_path / "c")]) == 2
     assert "--to LAYOUT, or --for SERVER" in capsys.readouterr().err
@@ -237,7 +246,9 @@ def test_transformers_reads_the_folder_and_computes_the_same(tmp_path, to, famil
     folder = tmp_path / "b"
     config = AutoConfig.from_pretrained(folder)
     assert config.architectures == ["InternVLForConditionalGeneration"]
-    assert config.text_config.architectures == ["Qwen2ForCausalLM" if family == "qwen2" else "LlamaForCausalLM"]
+    assert config.text_config.architectures == [
+        "Qwen2ForCausalLM" if family == "qwen2" else "LlamaForCausalLM"
+    ]
     processor = Processor(
         AutoImageProcessor.from_pretrained(folder, backend="pil"),
         AutoTokenizer.from_pretrained(folder),
@@ -258,6 +269,8 @@ def test_transformers_reads_the_folder_and_computes_the_same(tmp_path, to, famil
     model = InternVLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
         logits = model(input_ids=theirs.input_ids, pixel_values=theirs.pixel_values).logits[0]
-    torch.testing.assert_close(ours.logits(inputs), logits[:, : ours.logits(inputs).shape[1]], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        ours.logits(inputs), logits[:, : ours.logits(inputs).shape[1]], rtol=1e-4, atol=1e-4
+    )
     stop = ours.spec.tokenizer.token_to_id("<|im_end|>")
     assert stop in [model.generation_config.eos_token_id] or stop in model.generation_config.eos_token_id

@@ -81,8 +81,14 @@ def test_two_spellings_of_the_url_and_tokens_without_bytes(model):
 @pytest.mark.parametrize(
     ("other", "said"),
     [
-        (lambda m: cut(m, max_tiles=2), r"tiles: .*the server cuts with max_tiles 2 (to 3 )?\(the model: 6\)"),
-        (lambda m: cut(m, max_tiles=12), r"tiles: .*the server cuts with max_tiles 12 (to 15 )?\(the model: 6\)"),
+        (
+            lambda m: cut(m, max_tiles=2),
+            r"tiles: .*the server cuts with max_tiles 2 (to 3 )?\(the model: 6\)",
+        ),
+        (
+            lambda m: cut(m, max_tiles=12),
+            r"tiles: .*the server cuts with max_tiles 12 (to 15 )?\(the model: 6\)",
+        ),
         (lambda m: cut(m, thumbnail=False), r"tiles: square 4 instead of 5, .*the server adds no thumbnail"),
         (lambda m: cut(m, dynamic=False), r"tiles: .*(does not cut pictures into tiles|max_tiles 1 )"),
         (lambda m: cut(m, mode="hf"), r"tiles: two .*gives every picture the whole limit of tiles"),
@@ -213,7 +219,16 @@ def test_nobody_there():
 
 @pytest.mark.parametrize(
     "url",
-    ["localhost:8000", "ftp://x", "http://", "http://x:99999", "http://a b", "http://u:p@x", "http://x/?a=1", "http://["],
+    [
+        "localhost:8000",
+        "ftp://x",
+        "http://",
+        "http://x:99999",
+        "http://a b",
+        "http://u:p@x",
+        "http://x/?a=1",
+        "http://[",
+    ],
 )
 def test_no_url(url):
     with pytest.raises(UsageError, match="URL"):
@@ -225,8 +240,14 @@ def test_error_codes():
         return Mock(raw=lambda path, request: (code, body, headers))
 
     fails(r"answers 404: no OpenAI-compatible interface", status(404, b"<html>"))
-    fails(r"answers 500: out of \[31mGPU memory: see", status(500, {"error": {"message": "out of\n\x1b[31mGPU memory"}}))
-    fails(r"redirects to http://elsewhere/, which is not followed", status(302, b"", [("Location", "http://elsewhere/")]))
+    fails(
+        r"answers 500: out of \[31mGPU memory: see",
+        status(500, {"error": {"message": "out of\n\x1b[31mGPU memory"}}),
+    )
+    fails(
+        r"redirects to http://elsewhere/, which is not followed",
+        status(302, b"", [("Location", "http://elsewhere/")]),
+    )
     fails(r"answers 401: an API key is needed: --api-key or OPENAI_API_KEY", Mock(key="secret"))
     said = fails(r"answers 401: an API key was refused", Mock(key="secret"), key="wrong-key")
     assert "wrong-key" not in said
@@ -279,7 +300,7 @@ def test_a_trickle_is_not_waited_for():
     thread = threading.Thread(target=drip)
     thread.start()
     try:
-        with pytest.raises(ServiceError, match="did not answer within 0.5 s"):
+        with pytest.raises(ServiceError, match=r"did not answer within 0\.5 s"):
             Endpoint(f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=0.5).models()
     finally:
         done.set()
@@ -295,7 +316,9 @@ def test_models_to_choose_from():
         with pytest.raises(ServiceError, match=r"no model 'c': it has a, b; name one"):
             Endpoint(mock.url).choose("c")
     with serving(Mock(raw=lambda path, request: (500, b""))) as mock:
-        assert Endpoint(mock.url).choose("c") == "c"  # it cannot list them; the name may be right all the same
+        assert (
+            Endpoint(mock.url).choose("c") == "c"
+        )  # it cannot list them; the name may be right all the same
         with pytest.raises(ServiceError, match="answers 500"):
             Endpoint(mock.url).choose()
 

@@ -76,8 +76,8 @@ _NAMED_TOKENS = {
     "context_image_token": "<IMG_CONTEXT>",
     "video_token": "<video>",
 }
-# What stands for a picture in a chat template: what servers look for in the original layout, and the context token, which
-# the processor of transformers multiplies itself.
+# What stands for a picture in a chat template: what servers look for in the original layout, and the context token,
+# which the processor of transformers multiplies itself.
 _PICTURES = {"original": ("<image>", "<video>"), "hf": ("<IMG_CONTEXT>", "<video>")}
 
 
@@ -317,9 +317,8 @@ def _files(
         policy = replace(policy, image_size=public.image_size)
         made = preprocessor_files(policy, to, tokens_per_tile=public.tokens_per_tile)
         files |= {name: _text(content) for name, content in made.items()}
-    if to != "original" and not (same_family and own_words):
-        if TOKENIZER_CONFIG in files:
-            files[TOKENIZER_CONFIG] = _text(_with_named_tokens(read_json(tokens / TOKENIZER_CONFIG)))
+    if to != "original" and not (same_family and own_words) and TOKENIZER_CONFIG in files:
+        files[TOKENIZER_CONFIG] = _text(_with_named_tokens(read_json(tokens / TOKENIZER_CONFIG)))
     if not (same_family and own_words and has_template(words)):
         source_text = _chat_template(public, to, tokens)
         files |= {} if source_text is None else {CHAT_TEMPLATE: source_text}

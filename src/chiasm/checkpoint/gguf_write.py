@@ -120,7 +120,9 @@ def _head(metadata: Mapping[str, Any], tensors: Sequence[GGUFTensor]) -> bytes:
 
 def _check_shape(tensor: GGUFTensor) -> None:
     if tensor.type not in TYPES:
-        raise CheckpointError(f"tensor {tensor.name}: no element type {tensor.type!r}: use {', '.join(TYPES)}")
+        raise CheckpointError(
+            f"tensor {tensor.name}: no element type {tensor.type!r}: use {', '.join(TYPES)}"
+        )
     if not 1 <= len(tensor.shape) <= _MAX_DIMENSIONS or not all(size > 0 for size in tensor.shape):
         raise CheckpointError(f"tensor {tensor.name} of shape {tensor.shape} cannot be written to GGUF")
     if tensor.shape[-1] % TYPES[tensor.type][1]:
@@ -144,18 +146,25 @@ def _value(key: str, value: Any, *, item: bool = False) -> tuple[int, bytes]:
         items = [_value(key, one, item=True) for one in value]
         codes = {code for code, _ in items}
         if len(codes) != 1 or _ARRAY in codes:
-            raise CheckpointError(f"GGUF metadata {key!r}: a list needs items of one plain kind, and at least one")
+            raise CheckpointError(
+                f"GGUF metadata {key!r}: a list needs items of one plain kind, and at least one"
+            )
         return _ARRAY, struct.pack("<IQ", codes.pop(), len(items)) + b"".join(raw for _, raw in items)
-    whole = (5, "<i") if item else (4, "<I")
-    for kind, code, form in ((bool, 7, "<?"), (int, *whole), (float, 6, "<f")):
+    whole: tuple[type, int, str] = (int, 5, "<i") if item else (int, 4, "<I")
+    kinds: tuple[tuple[type, int, str], ...] = ((bool, 7, "<?"), whole, (float, 6, "<f"))
+    for kind, code, form in kinds:
         if isinstance(value, kind):
             try:
                 return code, struct.pack(form, value)
             except (struct.error, OverflowError):
-                raise CheckpointError(f"GGUF metadata {key!r} is {value!r}: it does not fit in 32 bits") from None
+                raise CheckpointError(
+                    f"GGUF metadata {key!r} is {value!r}: it does not fit in 32 bits"
+                ) from None
     if isinstance(value, str):
         return _STRING, _text(value)
-    raise CheckpointError(f"GGUF metadata {key!r} is {value!r}: text, numbers and lists of them can be written")
+    raise CheckpointError(
+        f"GGUF metadata {key!r} is {value!r}: text, numbers and lists of them can be written"
+    )
 
 
 def _write_tensor(file: BinaryIO, planned: GGUFTensor) -> None:

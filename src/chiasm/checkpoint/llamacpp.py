@@ -76,12 +76,16 @@ _TOP = {
     "trunk.norm.weight": ("output_norm.weight",),
     "head.weight": ("output.weight",),
 }
-_ROPE_FREQS, _ROPE_LONG, _ROPE_SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
+_ROPE_FREQS, _ROPE_LONG, _ROPE_SHORT = (
+    "rope_freqs.weight",
+    "rope_factors_long.weight",
+    "rope_factors_short.weight",
+)
 
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """A stretch of rows of a native tensor, its name in the file, and the heads whose rows are paired anew (0: none)."""
+    """Rows of a native tensor, their name in the file, and the heads whose rows are paired anew (0: none)."""
 
     name: str
     first: int
@@ -215,7 +219,7 @@ def _pieces(config: LanguageConfig, entry: Entry) -> list[_Piece]:
     if entry.native in _TOP:
         return [_Piece(_TOP[entry.native][0], 0, entry.shape[0], 0)]
     _, _, layer, rest = entry.native.split(".", 3)
-    names = (_FUSED if arch == "phi3" else {}).get(rest, _BLOCK[rest])
+    names = _FUSED[rest] if arch == "phi3" and rest in _FUSED else _BLOCK[rest]
     if len(names) == 1:
         return [_Piece(f"blk.{layer}.{names[0]}", 0, entry.shape[0], 0)]
     out, first = [], 0
@@ -269,7 +273,9 @@ def read_language(file: GGUFFile) -> tuple[LanguageConfig, Iterator[tuple[str, T
     arch = file.metadata.get("general.architecture")
     family = _FAMILY_OF.get(arch) if isinstance(arch, str) else None
     if family is None:
-        raise CheckpointError(f"{file.path}: GGUF architecture {str(arch)[:80]!r} is not a language model of here")
+        raise CheckpointError(
+            f"{file.path}: GGUF architecture {str(arch)[:80]!r} is not a language model of here"
+        )
 
     def get(key: str, default: Any = None) -> Any:
         value = file.metadata.get(f"{arch}.{key}", default)
@@ -317,9 +323,7 @@ def read_language(file: GGUFFile) -> tuple[LanguageConfig, Iterator[tuple[str, T
     return config, _native(file, config, plan)
 
 
-def _native(
-    file: GGUFFile, config: LanguageConfig, plan: tuple[Entry, ...]
-) -> Iterator[tuple[str, Tensor]]:
+def _native(file: GGUFFile, config: LanguageConfig, plan: tuple[Entry, ...]) -> Iterator[tuple[str, Tensor]]:
     for entry in plan:
         parts = []
         for piece in _pieces(config, entry):

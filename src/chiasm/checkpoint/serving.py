@@ -3,7 +3,7 @@
 Source: the servers' own code, as read for these releases (no server has been run here; docs/serving.md repeats that):
 
     vllm      0.33.0 (4ba787ec9)   model_executor/models/{internvl,interns1}.py, transformers_utils/
-    sglang    0.5.23               srt/models/internvl.py, srt/multimodal/processors/internvl.py, srt/configs/internvl.py
+    sglang    0.5.23               srt/{models,configs,multimodal/processors}/internvl.py
     lmdeploy  0.16.0 (1263d5cd)    vl/model/{internvl,internvl3_hf}.py, pytorch/models/, turbomind/models/internvl.py
 
 What they need beyond the weights: a config that names the decoder's class, a tokenizer with the image tokens, a chat
@@ -160,25 +160,25 @@ def _decoder(
             "refused", f"{server} has no InternVL on {family}", f"it has {', '.join(_DECODERS[server])}"
         )
     elif not (isinstance(names, list) and names):
-        yield Finding(
-            "missing", "the language config names no architectures", "chiasm convert writes them"
-        )
+        yield Finding("missing", "the language config names no architectures", "chiasm convert writes them")
     else:
         yield Finding("ok", f"decoder {names[0]}")
 
 
-def _words(
-    folder: Path, public: InternVLPublicConfig, layout: str, server: Server
-) -> Iterator[Finding]:
+def _words(folder: Path, public: InternVLPublicConfig, layout: str, server: Server) -> Iterator[Finding]:
     """Tokenizer, chat template and end of an answer."""
     if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer.model")):
-        yield Finding("missing", "there is no tokenizer", "copy the release's tokenizer files, then convert again")
+        yield Finding(
+            "missing", "there is no tokenizer", "copy the release's tokenizer files, then convert again"
+        )
     else:
         yield Finding("ok", "tokenizer files")
     known = added_tokens(folder)
     lost = [token for token in _IMAGE_TOKENS if token not in known]
     if lost:
-        yield Finding("missing", f"the tokenizer has no token {lost[0]}", "add InternVL's special tokens to it")
+        yield Finding(
+            "missing", f"the tokenizer has no token {lost[0]}", "add InternVL's special tokens to it"
+        )
     if layout != "original":
         path = folder / TOKENIZER_CONFIG
         named = read_json(path).get("extra_special_tokens") if path.is_file() else None
@@ -214,7 +214,9 @@ def _processors(folder: Path) -> Iterator[Finding]:
     nested = read_json(folder / PROCESSOR) if PROCESSOR in there else {}
     for name, key in ((IMAGE_PROCESSOR, "image_processor"), (VIDEO_PROCESSOR, "video_processor")):
         if name not in there and not isinstance(nested.get(key), dict):
-            yield Finding("missing", f"there is no {name}", "chiasm convert from the original layout writes it")
+            yield Finding(
+                "missing", f"there is no {name}", "chiasm convert from the original layout writes it"
+            )
     if "image_seq_length" not in nested:
         yield Finding(
             "differs", f"{PROCESSOR} has no image_seq_length: 256 is taken", "chiasm convert writes it"
@@ -255,8 +257,15 @@ def _pictures(
         )
     if server == "sglang":
         if public.image_size != _SGLANG_TILE:
-            yield Finding("refused", f"sglang cuts tiles of {_SGLANG_TILE} pixels; the model's have {public.image_size}")
-        if not policy.dynamic or not policy.thumbnail or policy.max_tiles != _SGLANG_TILES or policy.min_tiles != 1:
+            yield Finding(
+                "refused", f"sglang cuts tiles of {_SGLANG_TILE} pixels; the model's have {public.image_size}"
+            )
+        if (
+            not policy.dynamic
+            or not policy.thumbnail
+            or policy.max_tiles != _SGLANG_TILES
+            or policy.min_tiles != 1
+        ):
             yield Finding(
                 "differs",
                 f"sglang cuts every picture into 1 to {_SGLANG_TILES} tiles with a thumbnail, whatever the config says",
@@ -270,7 +279,9 @@ def _pictures(
             )
     elif layout != "original":
         if not policy.thumbnail:
-            yield Finding("differs", "the processor of transformers always adds a thumbnail; the model does not")
+            yield Finding(
+                "differs", "the processor of transformers always adds a thumbnail; the model does not"
+            )
         if not policy.dynamic:
             yield Finding("differs", "the processor of transformers cuts tiles; the model does not")
     elif public.force_image_size not in (None, public.vision["image_size"]):
@@ -299,7 +310,8 @@ def _encoder(
             )
         if public.select_layer != -1:
             yield Finding(
-                "refused", f"lmdeploy reads the encoder's last layer only; the model reads {public.select_layer}"
+                "refused",
+                f"lmdeploy reads the encoder's last layer only; the model reads {public.select_layer}",
             )
     if server == "sglang" and "norm_type" not in (config.get("vision_config") or {}):
         yield Finding("missing", "vision_config has no norm_type", "chiasm convert writes it")

@@ -39,7 +39,9 @@ from chiasm.text.tokenizer import Tokenizer
 
 __all__ = ["convert_to_gguf"]
 
-_QUANTISATION_VERSION = 2  # of ggml's block formats; written whether there are blocks or not, as its converter does
+_QUANTISATION_VERSION = (
+    2  # of ggml's block formats; written whether there are blocks or not, as its converter does
+)
 _STORED = {torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
@@ -120,9 +122,7 @@ def _files(
     files = {f"model-{wanted.lower()}.gguf": (metadata, language_tensors(language, wanted, read))}
     if public is not None and opened.vision is not None and opened.layout != "text":
         public = completed(opened, public, None)
-        policy = replace(
-            read_tile_policy(folder, public, opened.layout), image_size=public.image_size
-        )
+        policy = replace(read_tile_policy(folder, public, opened.layout), image_size=public.image_size)
         keys = mmproj_metadata(public, opened.vision, language, policy) | shared
         keys["general.name"] = folder.resolve().name
         tensors = mmproj_tensors(opened.vision, language, public.downsample_ratio, wanted, read)
@@ -150,9 +150,7 @@ def _words(folder: Path, rows: int, stated: str | None, system: str | None) -> d
     # A picture reaches the template as a text, the marker that the server puts in its place.
     source = to_jinja(found, system=system)
     name = folder.resolve().name
-    return tokenizer_to_gguf(
-        tokenizer, rows, name=name, end=end, begin=found.bos, chat_template=source
-    )
+    return tokenizer_to_gguf(tokenizer, rows, name=name, end=end, begin=found.bos, chat_template=source)
 
 
 def _holds_gguf(folder: Path) -> bool:

@@ -2,8 +2,8 @@
 
 ``--to original|hf|hf-old`` translates an InternVL checkpoint and may change it on the way (language model, vocabulary,
 tile size). ``--for SERVER`` chooses the layout that a server reads and refuses what it could not serve. ``--to gguf``
-writes llama.cpp's files. ``--to vision|projector|language`` writes that part alone. ``--to bundle`` takes the run folder
-of ``internvl/mini_sft`` and writes what `chiasm.load` reads as a chiasm-mini: config and bfloat16 weights.
+writes llama.cpp's files. ``--to vision|projector|language`` writes that part alone. ``--to bundle`` takes the run
+folder of ``internvl/mini_sft`` and writes what `chiasm.load` reads as a chiasm-mini: config and bfloat16 weights.
 """
 
 from __future__ import annotations

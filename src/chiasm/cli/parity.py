@@ -57,7 +57,8 @@ def parity_command(
     max_new_tokens: Annotated[int, typer.Option(help="Length of the answers that are compared.")] = 16,
     timeout: Annotated[float, typer.Option(help="Seconds for one answer of the server.")] = 120.0,
     api_key: Annotated[
-        str | None, typer.Option(metavar="KEY", help=f"Sent to the server; default: {_KEY} of the environment.")
+        str | None,
+        typer.Option(metavar="KEY", help=f"Sent to the server; default: {_KEY} of the environment."),
     ] = None,
     template: Annotated[
         str | None, typer.Option(metavar="NAME", help="Chat template of the model here, see chiasm list.")
@@ -72,7 +73,8 @@ def parity_command(
         str | None, typer.Option(metavar="NAME", help="float32, bfloat16, float16; default: as stored.")
     ] = None,
     device: Annotated[
-        str | None, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, mps; default: a GPU if there is one.")
+        str | None,
+        typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, mps; default: a GPU if there is one."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the comparison as one JSON object.")] = False,
 ) -> None:

@@ -15,7 +15,12 @@ if TYPE_CHECKING:
 
 __all__ = ["note_serving", "report_serving"]
 
-_MARKS = {"ok": ("ok", "green"), "missing": ("no", "red"), "refused": ("no", "red"), "differs": ("!=", "yellow")}
+_MARKS = {
+    "ok": ("ok", "green"),
+    "missing": ("no", "red"),
+    "refused": ("no", "red"),
+    "differs": ("!=", "yellow"),
+}
 
 
 def note_serving(folder: Path, server: Server) -> None:

@@ -86,7 +86,9 @@ class Endpoint:
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise UsageError(f"{self.url!r} is no URL of a server: {remedy}")
         if parts.query or parts.fragment or parts.username is not None:
-            raise UsageError(f"{self.url!r} is more than the URL of a server: {remedy}, and a key by --api-key")
+            raise UsageError(
+                f"{self.url!r} is more than the URL of a server: {remedy}, and a key by --api-key"
+            )
         if not all(33 <= ord(c) < 127 for c in parts.netloc + parts.path + (self.key or "")):
             raise UsageError("the URL or the key has a character that cannot be sent: check for line ends")
         if not self.timeout > 0:
@@ -127,7 +129,9 @@ class Endpoint:
             return wanted
         shown = ", ".join(map(_plain, names[:10])) or "none"
         if wanted is not None:
-            raise ServiceError(f"{self.url} has no model {wanted!r}: it has {shown}; name one by --served-name")
+            raise ServiceError(
+                f"{self.url} has no model {wanted!r}: it has {shown}; name one by --served-name"
+            )
         raise ServiceError(f"{self.url} has {len(names)} models ({shown}): name one by --served-name")
 
     def chat(
@@ -216,14 +220,14 @@ class Endpoint:
         try:
             answer = json.loads(raw)
         except (ValueError, RecursionError):
-            raise self._strange(path, f"is not JSON ({_plain(raw[:40].decode('utf-8', 'replace'))!r})") from None
+            raise self._strange(
+                path, f"is not JSON ({_plain(raw[:40].decode('utf-8', 'replace'))!r})"
+            ) from None
         if not isinstance(answer, dict):
             raise self._strange(path, "is not a JSON object")
         return answer
 
-    def _read(
-        self, response: http.client.HTTPResponse, sock: socket.socket | None, deadline: float
-    ) -> bytes:
+    def _read(self, response: http.client.HTTPResponse, sock: socket.socket | None, deadline: float) -> bytes:
         """The body, within size and time: a server that sends a byte a minute is not waited for."""
         parts, size = [], 0
         while True:
@@ -250,7 +254,9 @@ class Endpoint:
         place = f"{self.url} ({self._base}{path})"
         if 300 <= status < 400:
             to = _plain(response.getheader("Location") or "elsewhere")
-            raise ServiceError(f"{place} redirects to {to}, which is not followed: give that URL if it is meant")
+            raise ServiceError(
+                f"{place} redirects to {to}, which is not followed: give that URL if it is meant"
+            )
         if status in (401, 403):
             how = "was refused" if self.key else "is needed"
             raise ServiceError(f"{place} answers {status}: an API key {how}: --api-key or OPENAI_API_KEY")

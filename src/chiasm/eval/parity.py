@@ -127,7 +127,9 @@ def compare(
         ServiceError: the server cannot be asked.
     """
     if not cases or top < 1 or max_new_tokens < 1 or not tolerance >= 0:
-        raise UsageError("a comparison needs cases, top and max_new_tokens of at least 1, and a tolerance of at least 0")
+        raise UsageError(
+            "a comparison needs cases, top and max_new_tokens of at least 1, and a tolerance of at least 0"
+        )
     name = endpoint.choose(served)
     results: list[CaseResult] = []
     remarks: list[str] = []
@@ -204,7 +206,9 @@ def _result(
         tokens=tokens,
         server_tokens=first.prompt_tokens,
         tiles=tiles,
-        server_tiles=_tiles(tokens, tiles, first.prompt_tokens, offset, model.spec.tokens_per_tile, len(case.pictures)),
+        server_tiles=_tiles(
+            tokens, tiles, first.prompt_tokens, offset, model.spec.tokens_per_tile, len(case.pictures)
+        ),
         same_top=same_top,
         shared=len(gaps),
         largest=max(gaps) if gaps else None,
@@ -291,15 +295,15 @@ def _differences(
     for one in results:
         if one.server_tokens is not None and one.server_tiles is None:
             yield (
-                f"tokens: the server reads {one.server_tokens} tokens of {one.name!r}, the model {one.tokens}, which is "
-                "no whole number of tiles: the text around the pictures differs (numbers, newlines, tags)"
+                f"tokens: the server reads {one.server_tokens} tokens of {one.name!r}, the model {one.tokens}, which "
+                "is no whole number of tiles: the text around the pictures differs (numbers, newlines, tags)"
             )
     yield from _values(results, tolerance, bool(offset))
     apart = [one.name for one in results if one.ends_apart]
     if apart:
         yield (
-            f"end: the server goes on where the model ends its answer ({', '.join(apart)}): its generation config lacks "
-            "the chat's stop token"
+            f"end: the server goes on where the model ends its answer ({', '.join(apart)}): its generation config "
+            "lacks the chat's stop token"
         )
 
 

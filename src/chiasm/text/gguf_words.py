@@ -6,9 +6,9 @@ Source: the GGUF description, and how llama.cpp reads these keys (`src/llama-voc
 Of the two kinds that llama.cpp computes and InternVL's language models have, either can be written where its rules are
 ones that llama.cpp has:
 
-- *byte-level BPE* (``gpt2``): tokens and merges as they are. The rule that cuts text into words has only a *name* in the
-  file, so the tokenizer's own rule must be one of those in `_WORDS`; llama.cpp never normalises, so a tokenizer that
-  applies NFC gives other ids there for text that is not NFC.
+- *byte-level BPE* (``gpt2``): tokens and merges as they are. The rule that cuts text into words has only a *name* in
+  the file, so the tokenizer's own rule must be one of those in `_WORDS`; llama.cpp never normalises, so a tokenizer
+  that applies NFC gives other ids there for text that is not NFC.
 - *SentencePiece BPE* (``llama``): llama.cpp joins the neighbours whose union has the best score, so a piece's score is
   minus the rank of the first merge that makes it. Character maps, collapsed white space and unigram models are refused.
 
@@ -129,7 +129,9 @@ def _pieces(state: dict[str, Any]) -> dict[str, Any]:
     if not state["model"].get("byte_fallback"):
         raise _refusal("is neither byte-level nor spells unknown characters as bytes")
     if state.get("pre_tokenizer") is not None:
-        raise _refusal("puts a space in front of the first word only (llama.cpp: of every stretch or of none)")
+        raise _refusal(
+            "puts a space in front of the first word only (llama.cpp: of every stretch or of none)"
+        )
     normalizer = state.get("normalizer") or {}
     steps = normalizer.get("normalizers", [normalizer] if normalizer else [])
     prefix = bool(steps) and steps[0] == {"type": "Prepend", "prepend": SPACE}
@@ -181,7 +183,7 @@ def _scores(tokens: list[str], types: list[int], merges: list[tuple[str, ...]]) 
     if last > 1 << 24:
         raise _refusal("has more merges than scores can tell apart")
     return [
-        0.0 if kind == _BYTE or kind == _UNKNOWN else -float(rank.get(text, last))
+        0.0 if kind in (_BYTE, _UNKNOWN) else -float(rank.get(text, last))
         for text, kind in zip(tokens, types, strict=True)
     ]
 
@@ -212,7 +214,9 @@ def _roles(tokenizer: Tokenizer, end: int | None, begin: bool) -> dict[str, Any]
     out: dict[str, Any] = {
         f"{_PREFIX}{role}_token_id": index for role, index in ids.items() if index is not None
     }
-    puts = tokenizer.bos_id is not None and tokenizer.encode("", add_special_tokens=True)[:1] == [tokenizer.bos_id]
+    puts = tokenizer.bos_id is not None and tokenizer.encode("", add_special_tokens=True)[:1] == [
+        tokenizer.bos_id
+    ]
     out[_PREFIX + "add_bos_token"] = begin and puts
     out[_PREFIX + "add_eos_token"] = False
     return out

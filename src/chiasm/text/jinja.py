@@ -82,7 +82,9 @@ def _content(template: Template, picture: str | None, video: str | None) -> list
     ]
     numbered = picture is not None and template.numbered
     if numbered:
-        lines.append("{%- set several = message['content'] | selectattr('type', 'equalto', 'image') | list | length > 1 -%}")
+        lines.append(
+            "{%- set several = message['content'] | selectattr('type', 'equalto', 'image') | list | length > 1 -%}"
+        )
     lines.append("{%- for part in message['content'] -%}")
     lines.append("{%- if part['type'] == 'text' -%}{{- part['text'] -}}")
     if picture is not None:
