@@ -2,7 +2,7 @@
 
 Source: the GGUF description in the ggml repository, versions 2 and 3, little-endian. A file is a header, typed
 metadata, a directory of tensors, and an aligned data section; it is memory-mapped and every tensor is decoded on
-request. Quantised types are expanded to float32 with ggml's own arithmetic:
+request. F16 and BF16 are widened, quantised types expanded to float32 with ggml's own arithmetic:
 
     Q8_0  32 values a block: fp16 d, 32 x int8 q               y = q * d
     Q4_1  32 values a block: fp16 d, fp16 m, 16 bytes of two    y = q * d + m   (low nibbles are values 0-15,

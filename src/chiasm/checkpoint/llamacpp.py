@@ -92,10 +92,6 @@ class _Piece:
     rows: int
     heads: int
 
-    @property
-    def kind(self) -> str:
-        return self.name.removeprefix("blk.").partition(".")[2]
-
 
 def stored_type(wanted: str, name: str, shape: tuple[int, ...]) -> str:
     """Element type of a tensor in a file of `wanted` matrices.
@@ -169,45 +165,41 @@ def language_tensors(
     Args:
         config: the decoder.
         wanted: element type of the matrices, a key of `FILE_TYPES`.
-        read: gives a native tensor of the plan; asked once for each, when its first piece is written.
+        read: gives a native tensor of the plan, when its first piece is written.
     """
-    arch = ARCHITECTURES[config.family]
     out: list[GGUFTensor] = []
+    held = _Held(read)
     for entry in entries(language=config):
-        whole = _Once(entry, read)
-        for piece in _pieces(config, entry):
+        pieces = _pieces(config, entry)
+        tied = config.tie_words and ARCHITECTURES[config.family] in _NEEDS_HEAD
+        if tied and entry.native == "embedder.words.weight":
+            pieces.append(_Piece("output.weight", 0, entry.shape[0], 0))
+        for piece in pieces:
             shape = (piece.rows, *entry.shape[1:])
             kind = stored_type(wanted, piece.name, shape)
-            out.append(GGUFTensor(piece.name, shape, kind, _reader(whole, piece)))
-        if entry.native == "embedder.words.weight" and config.tie_words and arch in _NEEDS_HEAD:
-            kind = stored_type(wanted, "output.weight", entry.shape)
-            out.append(GGUFTensor("output.weight", entry.shape, kind, lambda whole=whole: whole.tensor()))
+            out.append(GGUFTensor(piece.name, shape, kind, _reader(held, entry, piece)))
     for name, divisors in _rope_tables(config.rope).items():
         out.append(GGUFTensor(name, tuple(divisors.shape), "F32", lambda divisors=divisors: divisors))
     return out
 
 
-class _Once:
-    """A native tensor that is read when its first piece is asked for and let go with another one's."""
+class _Held:
+    """Native tensors as they are asked for; the last one is kept, for the pieces of one are written in a row."""
 
-    last: _Once | None = None  # at most one is held: pieces of one entry are written one after the other
+    def __init__(self, read: Callable[[Entry], Tensor]) -> None:
+        self._read = read
+        self._last: tuple[Entry, Tensor] | None = None
 
-    def __init__(self, entry: Entry, read: Callable[[Entry], Tensor]) -> None:
-        self._entry, self._read = entry, read
-        self._held: Tensor | None = None
-
-    def tensor(self) -> Tensor:
-        if self._held is None:
-            if _Once.last is not None:
-                _Once.last._held = None
-            self._held = self._read(self._entry)
-            _Once.last = self
-        return self._held
+    def tensor(self, entry: Entry) -> Tensor:
+        if self._last is None or self._last[0] is not entry:
+            self._last = None  # before the next is read: one in memory, not two
+            self._last = (entry, self._read(entry))
+        return self._last[1]
 
 
-def _reader(whole: _Once, piece: _Piece) -> Callable[[], Tensor]:
+def _reader(held: _Held, entry: Entry, piece: _Piece) -> Callable[[], Tensor]:
     def read() -> Tensor:
-        rows = whole.tensor()[piece.first : piece.first + piece.rows]
+        rows = held.tensor(entry)[piece.first : piece.first + piece.rows]
         return _paired(rows, piece.heads) if piece.heads else rows
 
     return read
