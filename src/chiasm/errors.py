@@ -20,6 +20,7 @@ __all__ = [
     "ImageError",
     "MissingExtraError",
     "NumericsError",
+    "ServiceError",
     "TemplateError",
     "UsageError",
     "missing_extra",
@@ -64,6 +65,10 @@ class ContextOverflowError(ChiasmError):
 
 class NumericsError(ChiasmError):
     """What was computed is not a number: the range of a dtype was passed."""
+
+
+class ServiceError(ChiasmError):
+    """A server that was asked over the network is not there, refuses, or does not answer as it should."""
 
 
 class MissingExtraError(ChiasmError):

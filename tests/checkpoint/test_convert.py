@@ -246,8 +246,9 @@ def test_slow_tokenizer_files_travel_to_the_original_layout(tmp_path, kind):
         "qwen2": {"vocab.json", "merges.txt"},
         "internlm2": {"tokenizer.model", "special_tokens_map.json"},
     }
-    assert set(report.files) == names[kind] | {"tokenizer_config.json"}
-    for name in report.files:
+    made = {"chat_template.jinja", "generation_config.json"}  # servers want them
+    assert set(report.files) == names[kind] | made | {"tokenizer_config.json"}
+    for name in set(report.files) - made:
         assert (tmp_path / "b" / name).read_bytes() == (tmp_path / "a" / name).read_bytes()
 
 
@@ -290,27 +291,74 @@ def test_transformers_tokenizer_and_image_processor_read_the_folder(tmp_path):
     assert tokenizer.start_image_token_id == ids["<img>"]
     turns = [{"role": "user", "content": "Hi"}]
     text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    assert text == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    assert text == join(TEMPLATES["internvl2_5"].render([("user", "Hi")], generate=True))
     processor = AutoImageProcessor.from_pretrained(tmp_path / "b", backend="pil")
     assert processor.size["height"] == processor.size["width"] == 28
     assert list(processor.image_mean) == pytest.approx(NORMALIZATIONS["imagenet"][0])
     assert (processor.min_patches, processor.max_patches) == (1, 12)
 
 
-def test_hf_chat_template_spells_our_own(tmp_path):
-    source(tmp_path / "a")
+def rendered(folder, messages, **variables):
+    """What transformers makes of the folder's chat template."""
+    source = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    return (
+        Environment(trim_blocks=True, lstrip_blocks=True)
+        .from_string(source)
+        .render(messages=messages, **variables)
+    )
+
+
+@pytest.mark.parametrize(("to", "picture"), [("hf", "<IMG_CONTEXT>"), ("original", "<image>")])
+def test_the_chat_template_spells_our_own(tmp_path, to, picture):
+    source(tmp_path / "a", system_message="Be 'brief' and \"kind\".")
+    convert(tmp_path / "a", tmp_path / "b", to)
+    turns = [("user", " What?\n"), ("assistant", "This. "), ("user", "And?")]
+    for system in ([], [("system", "Be kind.\n")]):
+        said = [*system, *turns]
+        ours = join(TEMPLATES["internvl2_5"].render(said, system="Be 'brief' and \"kind\".", generate=True))
+        messages = [{"role": role, "content": text} for role, text in said]
+        assert rendered(tmp_path / "b", messages, add_generation_prompt=True) == ours
+    parts = [{"type": "image"}, {"type": "image"}, {"type": "video"}, {"type": "text", "text": "see"}]
+    shown = rendered(tmp_path / "b", [{"role": "user", "content": parts}])
+    assert shown.endswith(
+        f"<|im_start|>user\nImage-1: {picture}\nImage-2: {picture}\n<video>\nsee<|im_end|>\n"
+    )
+    one = rendered(tmp_path / "b", [{"role": "user", "content": parts[1:]}])
+    assert one.endswith(f"<|im_start|>user\n{picture}\n<video>\nsee<|im_end|>\n")
+
+
+def test_a_template_of_transformers_has_no_numbers_and_no_system_message(tmp_path):
+    source(tmp_path / "a", template="internvl-hf")
     convert(tmp_path / "a", tmp_path / "b", "hf")
-    template = Environment(trim_blocks=True, lstrip_blocks=True).from_string(
-        (tmp_path / "b" / "chat_template.jinja").read_text()
+    parts = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "see"}]
+    assert rendered(tmp_path / "b", [{"role": "user", "content": parts}]) == (
+        "<|im_start|>user\n<IMG_CONTEXT>\n<IMG_CONTEXT>\nsee<|im_end|>\n"
     )
-    turns = [("system", "Be kind.\n"), ("user", " What?\n"), ("assistant", "This. "), ("user", "And?")]
-    ours = join(TEMPLATES["internvl-hf"].render(turns, generate=True))
-    messages = [{"role": role, "content": text} for role, text in turns]
-    assert template.render(messages=messages, add_generation_prompt=True) == ours
-    parts = [{"type": "image"}, {"type": "video"}, {"type": "text", "text": "see"}]
-    assert template.render(messages=[{"role": "user", "content": parts}]) == (
-        "<|im_start|>user\n<IMG_CONTEXT>\n<video>\nsee<|im_end|>\n"
-    )
+
+
+def test_a_begin_token_is_part_of_the_template(tmp_path):
+    slow_release(tmp_path / "a", "internlm2")
+    convert(tmp_path / "a", tmp_path / "b", "hf")
+    text = rendered(tmp_path / "b", [{"role": "user", "content": "Hi"}], bos_token="<s>")
+    assert text.startswith("<s><|im_start|>system\n")
+
+
+def test_the_sources_own_chat_template_stays(tmp_path):
+    source(tmp_path / "a")
+    (tmp_path / "a" / "chat_template.jinja").write_text("{{ own }}")
+    convert(tmp_path / "a", tmp_path / "b", "original")
+    assert (tmp_path / "b" / "chat_template.jinja").read_text() == "{{ own }}"
+    convert(tmp_path / "a", tmp_path / "c", "hf")  # its pictures are spelled otherwise there
+    assert "IMG_CONTEXT" in (tmp_path / "c" / "chat_template.jinja").read_text()
+
+
+def test_python_files_travel_within_the_original_layout_alone(tmp_path):
+    source(tmp_path / "a")
+    (tmp_path / "a" / "configuration_internvl_chat.py").write_text("raise SystemExit")
+    convert(tmp_path / "a", tmp_path / "b", "original")
+    assert (tmp_path / "b" / "configuration_internvl_chat.py").read_text() == "raise SystemExit"
+    convert(tmp_path / "b", tmp_path / "c", "hf")
+    assert not list((tmp_path / "c").glob("*.py"))
 
 
 @pytest.mark.parametrize(
@@ -362,7 +410,6 @@ def test_facts_that_the_hf_layout_cannot_keep_are_noted(tmp_path):
     notes = " ".join(convert(tmp_path / "a", tmp_path / "b", "hf").notes)
     assert "thumbnail" in notes
     assert "pad to a square" in notes
-    assert "no system message" in notes
     assert "Python files" in " ".join(convert(tmp_path / "b", tmp_path / "c", "original").notes)
     source(tmp_path / "d", dynamic_image_size=False)
     assert "crop_to_patches=False" in " ".join(convert(tmp_path / "d", tmp_path / "e", "hf").notes)

@@ -50,7 +50,7 @@ def test_wrong_usage_is_one_line_and_status_2(run: Run) -> None:
         (["chta"], "see chiasm --help"),
         (["chat", "--colour"], "--colour"),
         (["convert"], "see chiasm convert --help"),
-        (["convert", "a", "b", "--to", "gguf"], "gguf"),
+        (["convert", "a", "b", "--to", "pickle"], "pickle"),
         (["list", "nonsense"], "unknown section 'nonsense'"),
         (["show", "nonsense"], "nothing is called 'nonsense'"),
         (["train"], "give either RECIPE"),

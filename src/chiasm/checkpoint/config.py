@@ -315,6 +315,8 @@ class InternVLPublicConfig:
         vision, vision_extras = vision_from_hf(section)
         text = _section(config, "text_config")
         llm, text_extras = _split_language(text)
+        if text_extras.get("architectures") == _architectures(llm["model_type"]):
+            del text_extras["architectures"]  # `to_hf` writes it again
         extras = {key: value for key, value in config.items() if key not in _HF_TOP}
         kept = {"vision_config": vision_extras, "text_config": text_extras}
         extras |= {key: value for key, value in kept.items() if value}
@@ -343,15 +345,14 @@ class InternVLPublicConfig:
     def to_original(self) -> dict[str, Any]:
         """The ``config.json`` of an `InternVLChatModel`; it is untied, whatever the source was."""
         top = {key: getattr(self, key) for key in TOP_DEFAULTS}
+        top["force_image_size"] = self.image_size  # LMDeploy divides by it, absent or not
         if self.template == _HF_TEMPLATE:  # the remote code knows the same turns under its own name
             top |= {"template": "internvl2_5", "system_message": self.system_message or ""}
         extras = copy.deepcopy(self.original_extras)
         vision_extras = extras.pop("vision_config", {"architectures": ["InternVisionModel"]})
         llm_extras = extras.pop("llm_config", {})
         llm = rope_keys_of_4(copy.deepcopy(self.llm))
-        architecture, _ = FAMILIES.get(str(llm.get("model_type")), (None, None))
-        if architecture is not None:
-            llm_extras.setdefault("architectures", [architecture])
+        llm_extras.setdefault("architectures", _architectures(llm["model_type"]))
         if llm.get("model_type") in _SPELT_AS_LLAMA:
             llm_extras.setdefault("bias", False)  # the remote class takes true where the key is absent
         out: dict[str, Any] = {
@@ -418,7 +419,13 @@ class InternVLPublicConfig:
                 "tie_word_embeddings": self.tie_words,
                 "torch_dtype" if old else "dtype": self.dtype,
                 **extras,
-                "text_config": {**llm, **text_extras, "tie_word_embeddings": self.tie_words},
+                # Servers choose the decoder's class by the architecture, which transformers can do without.
+                "text_config": {
+                    "architectures": _architectures(llm["model_type"]),
+                    **llm,
+                    **text_extras,
+                    "tie_word_embeddings": self.tie_words,
+                },
                 "vision_config": vision,
                 "original_config": {**original, **original_extras},
             },
@@ -536,6 +543,11 @@ def _before_conversion(kind: Any, text: Mapping[str, Any], original: dict[str, A
         if kind == "llama" and found in _SPELT_AS_LLAMA and named in (None, found):
             return found
     return kind
+
+
+def _architectures(kind: Any) -> list[str]:
+    """What `architectures` of a language config says for a ``model_type``; empty for one that is not known."""
+    return [architecture for architecture, known in FAMILIES.values() if known == kind]
 
 
 def _or(value: Any, default: Any) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -28,13 +28,30 @@ from chiasm.checkpoint.edit import (
     with_vocabulary,
 )
 from chiasm.checkpoint.lora import MergedReader
-from chiasm.checkpoint.preprocess import IMAGE_PROCESSOR, PROCESSOR, preprocessor_files, read_tile_policy
+from chiasm.checkpoint.preprocess import (
+    IMAGE_PROCESSOR,
+    PROCESSOR,
+    VIDEO_PROCESSOR,
+    preprocessor_files,
+    read_tile_policy,
+)
 from chiasm.checkpoint.store import CheckpointReader, read_json, write_checkpoint
 from chiasm.errors import CheckpointError, ConfigError, UsageError
-from chiasm.text.templates import TEMPLATES, get_template
+from chiasm.text.jinja import to_jinja
+from chiasm.text.templates import TEMPLATES, Template, get_template
 from chiasm.text.tokenizer import Tokenizer
 
-__all__ = ["ConvertReport", "Target", "added_tokens", "convert", "convert_part"]
+__all__ = [
+    "GENERATION",
+    "TOKENIZER_CONFIG",
+    "ConvertReport",
+    "Target",
+    "added_tokens",
+    "completed",
+    "convert",
+    "convert_part",
+    "has_template",
+]
 
 Target = Literal["original", "hf", "hf-old"]
 
@@ -51,7 +68,7 @@ _TOKENIZER_FILES = (
     "added_tokens.json",
     "special_tokens_map.json",
 )
-_PROCESSOR_FILES = (IMAGE_PROCESSOR, PROCESSOR, "video_preprocessor_config.json")
+_PROCESSOR_FILES = (IMAGE_PROCESSOR, PROCESSOR, VIDEO_PROCESSOR)
 # Names under which the processor of transformers asks its tokenizer for these tokens.
 _NAMED_TOKENS = {
     "start_image_token": "<img>",
@@ -59,24 +76,9 @@ _NAMED_TOKENS = {
     "context_image_token": "<IMG_CONTEXT>",
     "video_token": "<video>",
 }
-# ChatML as the processor of transformers wants it: one context token a picture, which it multiplies itself.
-_HF_CHAT_TEMPLATE = """\
-{%- for message in messages -%}
-{{- '<|im_start|>' + message['role'] + '\\n' -}}
-{%- if message['content'] is string -%}
-{{- message['content'] -}}
-{%- else -%}
-{%- for part in message['content'] -%}
-{%- if part['type'] == 'image' -%}{{- '<IMG_CONTEXT>\\n' -}}
-{%- elif part['type'] == 'video' -%}{{- '<video>\\n' -}}
-{%- elif part['type'] == 'text' -%}{{- part['text'] -}}
-{%- endif -%}
-{%- endfor -%}
-{%- endif -%}
-{{- '<|im_end|>\\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
-"""
+# What stands for a picture in a chat template: what servers look for in the original layout, and the context token,
+# which the processor of transformers multiplies itself.
+_PICTURES = {"original": ("<image>", "<video>"), "hf": ("<IMG_CONTEXT>", "<video>")}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,6 +123,7 @@ def convert(
     vocab_size: int | None = None,
     image_size: int | None = None,
     seed: int = 0,
+    verify: Callable[[Path], None] | None = None,
 ) -> ConvertReport:
     """Write the InternVL checkpoint in ``src`` to ``dst`` in another layout, changed on the way if wanted.
 
@@ -137,6 +140,7 @@ def convert(
         vocab_size: rows of word table and output matrix (`edit.with_vocabulary`).
         image_size: side of a tile in pixels (`edit.with_image_size`).
         seed: of what is drawn at random for a new language model or new rows.
+        verify: called with the finished folder before it appears; what it raises leaves no trace of it.
 
     Raises:
         UsageError: the target is unknown, or ``dst`` is ``src``, holds it or lies in it.
@@ -157,7 +161,7 @@ def convert(
         opened.adapter.check(opened.reader)
         if template is not None:
             _ = get_template(template)
-        draft = draft_of(opened, _completed(opened, opened.public, image_token_id))
+        draft = draft_of(opened, completed(opened, opened.public, image_token_id))
         words = src
         if language is not None:
             draft = with_language(draft, language, template=template, seed=seed)
@@ -184,6 +188,7 @@ def convert(
             max_shard_bytes=max_shard_bytes,
             files=files,
             force=force,
+            verify=verify,
         )
         notes = (*draft.notes, *_notes(opened, draft, public, to, words))
     return ConvertReport(
@@ -236,7 +241,7 @@ def _merged(reader: CheckpointReader) -> tuple[str, ...]:
     return (f"LoRA adapters of {reader.merged} weights were merged",)
 
 
-def _completed(
+def completed(
     opened: OpenedCheckpoint, public: InternVLPublicConfig, image_token_id: int | None
 ) -> InternVLPublicConfig:
     """The public config with what other files of the folder know, in the form that both layouts can be made of."""
@@ -312,12 +317,15 @@ def _files(
         policy = replace(policy, image_size=public.image_size)
         made = preprocessor_files(policy, to, tokens_per_tile=public.tokens_per_tile)
         files |= {name: _text(content) for name, content in made.items()}
-    if to != "original" and not (same_family and own_words):
-        if TOKENIZER_CONFIG in files:
-            files[TOKENIZER_CONFIG] = _text(_with_named_tokens(read_json(tokens / TOKENIZER_CONFIG)))
-        if _is_chatml(public):
-            files[CHAT_TEMPLATE] = _HF_CHAT_TEMPLATE
-    generation = _generation(words, public, to)
+    if to != "original" and not (same_family and own_words) and TOKENIZER_CONFIG in files:
+        files[TOKENIZER_CONFIG] = _text(_with_named_tokens(read_json(tokens / TOKENIZER_CONFIG)))
+    if not (same_family and own_words and has_template(words)):
+        source_text = _chat_template(public, to, tokens)
+        files |= {} if source_text is None else {CHAT_TEMPLATE: source_text}
+    if to == "original" and source == "original":
+        # Not read here, and no part of a checkpoint for Chiasm; servers that trust them want them beside it.
+        files |= {path.name: path for path in sorted(folder.glob("*.py")) if path.is_file()}
+    generation = _generation(words, public)
     if generation:
         files[GENERATION] = _text(generation)
     return files
@@ -339,22 +347,51 @@ def _with_named_tokens(config: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
-def _is_chatml(public: InternVLPublicConfig) -> bool:
-    template = TEMPLATES.get(public.template or "internvl2_5")
-    return template is not None and template.stop == "<|im_end|>"
+def _template_of(public: InternVLPublicConfig) -> Template | None:
+    return TEMPLATES.get(public.template or "internvl2_5")
 
 
-def _generation(folder: Path, public: InternVLPublicConfig, to: Target) -> dict[str, Any]:
-    """``generation_config.json``: the source's; for `-hf` the chat's stop token is among its ends.
+def has_template(folder: Path) -> bool:
+    """Whether the files of a tokenizer bring a chat template."""
+    if any((folder / name).is_file() for name in (CHAT_TEMPLATE, "chat_template.json")):
+        return True
+    path = folder / TOKENIZER_CONFIG
+    return path.is_file() and read_json(path).get("chat_template") is not None
+
+
+def _chat_template(public: InternVLPublicConfig, to: Target, tokens: Path) -> str | None:
+    """The Jinja source of the model's own template; None where it has no such form."""
+    template = _template_of(public)
+    if template is None:
+        return None
+    begin = template.bos and _has_words(tokens) and _puts_begin(tokens)
+    picture, video = _PICTURES["original" if to == "original" else "hf"]
+    return to_jinja(template, system=public.system_message, picture=picture, video=video, bos=begin)
+
+
+def _puts_begin(folder: Path) -> bool:
+    """Whether a tokenizer starts a text with its begin token; not for one that is only carried along, unread."""
+    try:
+        tokenizer = Tokenizer.from_file(folder)
+    except CheckpointError:
+        return False
+    begin = tokenizer.bos_id
+    return begin is not None and tokenizer.encode("", add_special_tokens=True)[:1] == [begin]
+
+
+def _has_words(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer.model"))
+
+
+def _generation(folder: Path, public: InternVLPublicConfig) -> dict[str, Any]:
+    """``generation_config.json``: the source's, with the chat's stop token among its ends.
 
     The language models' own end token is another one (``</s>`` in InternLM's), and the remote code stops by its
-    template, so a source may well not name it.
+    template, so a source may well not name it; servers stop by this file.
     """
     path = folder / GENERATION
     config = read_json(path) if path.is_file() else {}
-    if to == "original":
-        return config
-    template = TEMPLATES.get(public.template or "internvl2_5")
+    template = _template_of(public)
     stop = added_tokens(folder).get(template.stop if template else "<|im_end|>")
     if stop is None:
         return config
@@ -400,15 +437,16 @@ def _notes(
     opened: OpenedCheckpoint, draft: Draft, public: InternVLPublicConfig, to: Target, words: Path
 ) -> list[str]:
     notes = []
-    if not any((words / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer.model")):
+    if not _has_words(words):
         notes.append("the source has no tokenizer files: none were written")
     notes += _merged(opened.reader)
     if to == "original":
         if draft.language.tie_words:
             notes.append("tied words were written out as a second matrix, as the original layout needs")
-        notes.append(
-            "transformers needs the release's Python files beside an original checkpoint; Chiasm does not"
-        )
+        if not any(opened.reader.folder.glob("*.py")) or opened.layout != "original":
+            notes.append(
+                "transformers needs the release's Python files beside an original checkpoint; Chiasm does not"
+            )
         return notes
     if public.dynamic_image_size and not public.use_thumbnail:
         notes.append("the processor of transformers always adds a thumbnail; the source does not")
@@ -416,6 +454,4 @@ def _notes(
         notes.append("the processor of transformers cuts tiles unless called with crop_to_patches=False")
     if public.pad2square:
         notes.append("the processor of transformers does not pad to a square; the source does")
-    if opened.layout == "original":
-        notes.append("the chat template of the -hf layout has no system message")
     return notes

@@ -2,7 +2,7 @@
 
 Source: the GGUF description in the ggml repository, versions 2 and 3, little-endian. A file is a header, typed
 metadata, a directory of tensors, and an aligned data section; it is memory-mapped and every tensor is decoded on
-request. Quantised types are expanded to float32 with ggml's own arithmetic:
+request. F16 and BF16 are widened, quantised types expanded to float32 with ggml's own arithmetic:
 
     Q8_0  32 values a block: fp16 d, 32 x int8 q               y = q * d
     Q4_1  32 values a block: fp16 d, fp16 m, 16 bytes of two    y = q * d + m   (low nibbles are values 0-15,
@@ -64,6 +64,7 @@ _DECODED: dict[int, tuple[str, int, int]] = {
     1: ("F16", 1, 2),
     3: ("Q4_1", 32, _Q4_1_BLOCK.itemsize),
     8: ("Q8_0", 32, _Q8_0_BLOCK.itemsize),
+    30: ("BF16", 1, 2),
 }
 # Names only, so that the message about a type that cannot be decoded says which one it is.
 _OTHER_NAMES = {
@@ -77,7 +78,6 @@ _OTHER_NAMES = {
     13: "Q5_K",
     14: "Q6_K",
     15: "Q8_K",
-    30: "BF16",
 }
 
 
@@ -129,7 +129,7 @@ class GGUFFile:
         """Decode the tensor ``name`` to a new contiguous float32 tensor, on the CPU, in torch's axis order.
 
         Raises:
-            CheckpointError: no such tensor, or a type other than F32, F16, Q4_1, Q8_0.
+            CheckpointError: no such tensor, or a type other than F32, F16, BF16, Q4_1, Q8_0.
         """
         info = self.tensors.get(name)
         if info is None:
@@ -165,6 +165,8 @@ def _decode(kind: str, raw: np.ndarray, out: np.ndarray) -> None:
             out[:] = raw.view("<f4")
         elif kind == "F16":
             out[:] = raw.view("<f2")
+        elif kind == "BF16":  # the upper half of a float32
+            out.view("<u4")[:] = raw.view("<u2").astype("<u4") << 16
         elif kind == "Q8_0":
             blocks = raw.view(_Q8_0_BLOCK)
             scale = blocks["d"].astype(np.float32)[:, None]

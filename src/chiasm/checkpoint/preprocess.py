@@ -16,10 +16,11 @@ from chiasm.checkpoint.store import read_json
 from chiasm.errors import CheckpointError
 from chiasm.media.tiles import NORMALIZATIONS, Mode, TilePolicy
 
-__all__ = ["IMAGE_PROCESSOR", "PROCESSOR", "preprocessor_files", "read_tile_policy"]
+__all__ = ["IMAGE_PROCESSOR", "PROCESSOR", "VIDEO_PROCESSOR", "preprocessor_files", "read_tile_policy"]
 
 IMAGE_PROCESSOR = "preprocessor_config.json"
 PROCESSOR = "processor_config.json"
+VIDEO_PROCESSOR = "video_preprocessor_config.json"
 
 _BICUBIC = 3
 # What GotOcr2ImageProcessor takes for absent keys.
@@ -94,7 +95,7 @@ def preprocessor_files(
 
     Args:
         policy: what they shall say.
-        layout: original (one file), or one of the `-hf` prefixes (two files).
+        layout: original (one file), or one of the `-hf` prefixes (three files).
         tokens_per_tile: context tokens of one tile.
     """
     shared = {
@@ -119,6 +120,15 @@ def preprocessor_files(
             "processor_class": "InternVLProcessor",
             "rescale_factor": 1 / 255,
             "size": {"height": policy.image_size, "width": policy.image_size},
+        },
+        VIDEO_PROCESSOR: {
+            **shared,
+            "do_convert_rgb": True,
+            "do_rescale": True,
+            "processor_class": "InternVLProcessor",
+            "rescale_factor": 1 / 255,
+            "size": {"height": policy.image_size, "width": policy.image_size},
+            "video_processor_type": "InternVLVideoProcessor",
         },
         PROCESSOR: {"image_seq_length": tokens_per_tile, "processor_class": "InternVLProcessor"},
     }

@@ -13,12 +13,13 @@ then the bytes of the tensors. Reading goes through the `safetensors` package; w
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
@@ -35,6 +36,7 @@ __all__ = [
     "SINGLE",
     "CheckpointReader",
     "Written",
+    "new_folder",
     "read_json",
     "write_checkpoint",
     "write_safetensors",
@@ -364,6 +366,7 @@ def write_checkpoint(
     metadata: Mapping[str, str] | None = None,
     files: Mapping[str, str | bytes | Path] | None = None,
     force: bool = False,
+    verify: Callable[[Path], None] | None = None,
 ) -> Written:
     """Write a checkpoint folder; it appears whole or not at all.
 
@@ -378,28 +381,52 @@ def write_checkpoint(
         metadata: strings for the header of every shard.
         files: further files by name: text, bytes, or a path to copy from.
         force: replace an existing checkpoint folder. A folder that is not a checkpoint is never replaced.
+        verify: called with the folder when all is in it and before it is renamed; what it raises undoes everything.
 
     Raises:
         CheckpointError: the target exists, or a tensor or file cannot be written.
     """
     if max_shard_bytes <= 0:
         raise CheckpointError(f"max_shard_bytes is {max_shard_bytes}: it must be positive")
-    target = Path(folder).resolve()
-    _check_target(target, force)
-    temporary = _sibling(target)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary.mkdir()
+    with new_folder(folder, force=force, owned=_is_checkpoint) as (temporary, target):
         written = _write_shards(temporary, target, tensors, max_shard_bytes, metadata)
         (temporary / CONFIG).write_text(_json(config), encoding="utf-8")
         for name, content in (files or {}).items():
             _write_file(temporary / name, content)
+        if verify is not None:
+            verify(temporary)
+    return written
+
+
+@contextlib.contextmanager
+def new_folder(
+    folder: str | Path, *, force: bool, owned: Callable[[Path], bool]
+) -> Iterator[tuple[Path, Path]]:
+    """A hidden folder to write to, which becomes ``folder`` when the block ends and vanishes when it fails.
+
+    Args:
+        folder: the target; an existing empty folder is used, any other is refused without ``force``.
+        force: replace an existing folder, if it is ``owned``.
+        owned: whether a folder is of the kind that is written, so that it may be replaced.
+
+    Yields:
+        The folder to write to, and the target's full path.
+
+    Raises:
+        CheckpointError: the target exists, or it cannot be written.
+    """
+    target = Path(folder).resolve()
+    _check_target(target, force, owned)
+    temporary = _sibling(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+        yield temporary, target
         _move_into_place(temporary, target)
     except OSError as error:
         raise CheckpointError(f"cannot write {target}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return written
 
 
 def _write_shards(
@@ -472,7 +499,11 @@ def _sibling(target: Path) -> Path:
     return target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
 
 
-def _check_target(target: Path, force: bool) -> None:
+def _is_checkpoint(folder: Path) -> bool:
+    return (folder / CONFIG).is_file()
+
+
+def _check_target(target: Path, force: bool, owned: Callable[[Path], bool]) -> None:
     if not target.exists():
         return
     if not target.is_dir():
@@ -484,7 +515,7 @@ def _check_target(target: Path, force: bool) -> None:
             f"{target} exists and is not empty: choose another folder, or force to replace it"
         )
     # Forcing replaces a checkpoint; it must never empty a home folder that was named by mistake.
-    if not (target / CONFIG).is_file() or any(entry.is_dir() for entry in target.iterdir()):
+    if not owned(target) or any(entry.is_dir() for entry in target.iterdir()):
         raise CheckpointError(
             f"{target} is not a checkpoint folder, so it is not replaced: choose another folder"
         )

@@ -23,6 +23,7 @@ from chiasm.cli.demo import demo_command
 from chiasm.cli.doctor import doctor_command
 from chiasm.cli.evaluate import eval_command
 from chiasm.cli.listing import list_command
+from chiasm.cli.parity import parity_command
 from chiasm.cli.plan import plan_command
 from chiasm.cli.show import show_command
 from chiasm.cli.terminal import fail, notes_to_stderr
@@ -62,6 +63,7 @@ app.command("list")(list_command)
 app.command("show")(show_command)
 app.command("plan")(plan_command)
 app.command("convert")(convert_command)
+app.command("parity")(parity_command)
 app.command("train")(train_command)
 app.command("eval")(eval_command)
 

@@ -1,21 +1,24 @@
 """``chiasm convert SRC DST --to …``: a checkpoint in another public layout, a part of it, or a run as a bundle.
 
 ``--to original|hf|hf-old`` translates an InternVL checkpoint and may change it on the way (language model, vocabulary,
-tile size). ``--to vision|projector|language`` writes that part alone. ``--to bundle`` takes the run folder of
-``internvl/mini_sft`` and writes what `chiasm.load` reads as a chiasm-mini: config and bfloat16 weights.
+tile size). ``--for SERVER`` chooses the layout that a server reads and refuses what it could not serve. ``--to gguf``
+writes llama.cpp's files. ``--to vision|projector|language`` writes that part alone. ``--to bundle`` takes the run
+folder of ``internvl/mini_sft`` and writes what `chiasm.load` reads as a chiasm-mini: config and bfloat16 weights.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
+from chiasm.cli.serving import note_serving
 from chiasm.cli.terminal import note, waiting
-from chiasm.errors import UsageError
+from chiasm.errors import CheckpointError, UsageError
 
 __all__ = ["convert_command"]
 
@@ -29,7 +32,25 @@ class Layout(StrEnum):
     VISION = "vision"
     PROJECTOR = "projector"
     LANGUAGE = "language"
+    GGUF = "gguf"
     BUNDLE = "bundle"
+
+
+class ServerName(StrEnum):
+    """The servers of `chiasm.checkpoint.serving`, whose import would be paid for by every command's help."""
+
+    VLLM = "vllm"
+    SGLANG = "sglang"
+    LMDEPLOY = "lmdeploy"
+
+
+class MatrixType(StrEnum):
+    """Element types of the matrices in a GGUF file."""
+
+    F32 = "f32"
+    F16 = "f16"
+    BF16 = "bf16"
+    Q8_0 = "q8_0"
 
 
 _PARTS: dict[Layout, Literal["vision", "projector", "language"]] = {
@@ -50,14 +71,26 @@ def convert_command(
         Path, typer.Argument(metavar="DST", help="Folder to write; whole or not at all.", show_default=False)
     ],
     to: Annotated[
-        Layout,
+        Layout | None,
         typer.Option(
             "--to",
-            help="original (remote code), hf (transformers), hf-old (before its release 5); vision, projector or "
-            "language (that part alone); or bundle (of a run).",
+            help="original (remote code), hf (transformers), hf-old (the names of the files on model hubs); gguf "
+            "(llama.cpp); vision, projector or language (that part alone); or bundle (of a run).",
             show_default=False,
         ),
-    ],
+    ] = None,
+    servers: Annotated[
+        list[ServerName] | None,
+        typer.Option(
+            "--for",
+            metavar="SERVER",
+            help="vllm, sglang or lmdeploy (repeatable): write the layout that it reads, or refuse what it cannot.",
+        ),
+    ] = None,
+    dtype: Annotated[
+        MatrixType | None,
+        typer.Option(metavar="TYPE", help="Of --to gguf: f32, f16, bf16 or q8_0; default: as stored."),
+    ] = None,
     language: Annotated[
         Path | None,
         typer.Option(
@@ -94,7 +127,15 @@ def convert_command(
         "vocab_size": vocab_size,
         "image_size": image_size,
     }
-    if to in (Layout.BUNDLE, *_PARTS):
+    if servers:
+        to = _layout_for(to, servers)
+    if to is None:
+        raise UsageError("say what to write: --to LAYOUT, or --for SERVER")
+    if dtype is not None and to is not Layout.GGUF:
+        raise UsageError("--dtype belongs to --to gguf: the other layouts keep the weights as they are")
+    if to in (Layout.BUNDLE, Layout.GGUF, *_PARTS):
+        if to is Layout.GGUF:
+            del changes["template"]  # the one change that a GGUF file has a place for
         given = next((name for name, value in changes.items() if value is not None), None)
         if given is not None:
             option = "--" + given.replace("_", "-")
@@ -118,8 +159,20 @@ def convert_command(
     with waiting(f"converting {src}"):
         if to in _PARTS:
             report = convert_part(src, dst, _PARTS[to], force=force)
+        elif to is Layout.GGUF:
+            from chiasm.checkpoint.to_gguf import convert_to_gguf
+
+            report = convert_to_gguf(src, dst, dtype=dtype, template=template, force=force)
         else:
-            report = convert(src, dst, to.value, force=force, seed=seed, **changes)  # type: ignore[arg-type]
+            report = convert(
+                src,
+                dst,
+                to.value,  # type: ignore[arg-type]
+                force=force,
+                seed=seed,
+                verify=_verifier(servers or []),
+                **changes,  # type: ignore[arg-type]
+            )
     if as_json:
         print(json.dumps(report.to_dict(), ensure_ascii=False))
         return
@@ -130,6 +183,35 @@ def convert_command(
     )
     for line in report.notes:
         note(line)
+    for server in servers or ():
+        note_serving(dst, server.value)
+
+
+def _layout_for(to: Layout | None, servers: list[ServerName]) -> Layout:
+    """The layout that all of the servers read; UsageError where another kind of thing is to be written."""
+    from chiasm.checkpoint.serving import layout_for
+
+    if to is None:
+        return Layout(layout_for(tuple(server.value for server in servers)))
+    if to not in (Layout.ORIGINAL, Layout.HF, Layout.HF_OLD):
+        raise UsageError(f"--for chooses a layout of the whole model: it does not go with --to {to.value}")
+    return to
+
+
+def _verifier(servers: list[ServerName]) -> Callable[[Path], None]:
+    """Refuses a folder that one of the servers could not serve."""
+
+    def verify(made: Path) -> None:
+        from chiasm.checkpoint.serving import RELEASES, check_serving
+
+        for server in servers:
+            wrong = check_serving(made, server.value).of("refused", "missing")
+            if wrong:
+                raise CheckpointError(
+                    f"nothing was written, for {server.value} {RELEASES[server.value]} could not serve it: {wrong[0]}"
+                )
+
+    return verify
 
 
 def _bundle(src: Path, dst: Path, *, force: bool) -> dict[str, Any]:

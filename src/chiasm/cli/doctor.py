@@ -1,4 +1,7 @@
-"""``chiasm doctor``: what this machine has, and whether the bundled model can run here."""
+"""``chiasm doctor``: what this machine has, and whether the bundled model can run here.
+
+``--verify ID`` looks at a released checkpoint instead, ``--serve FOLDER`` at one that a server shall read.
+"""
 
 from __future__ import annotations
 
@@ -51,6 +54,14 @@ def doctor_command(
             "for docs/checkpoints.md.",
         ),
     ] = None,
+    serve: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Instead, say whether vLLM, SGLang and LMDeploy could serve this checkpoint folder, and what is "
+            "missing.",
+        ),
+    ] = None,
     device: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="Where --verify runs the model: cpu, cuda, cuda:1, mps."),
@@ -63,8 +74,17 @@ def doctor_command(
 ) -> None:
     """Examine this installation, or a released checkpoint.
 
-    Exit status 1, and the remedy, if the bundled model cannot run, or the checkpoint is not verified.
+    Exit status 1, and the remedy, if the bundled model cannot run, the checkpoint is not verified, or no server could
+    read the folder.
     """
+    if serve is not None:
+        if fetch or verify is not None:
+            raise UsageError("--serve, --verify and --fetch exclude each other")
+        from chiasm.checkpoint.serving import SERVERS
+        from chiasm.cli.serving import report_serving
+
+        report_serving(serve, SERVERS, as_json=as_json)
+        return
     if verify is not None:
         if fetch:
             raise UsageError("--verify and --fetch exclude each other")
