@@ -30,6 +30,7 @@ from chiasm.media.pixels import normalize
 from chiasm.media.tiles import TilePolicy
 from chiasm.model import generate as loop
 from chiasm.model.causal import CausalVLM
+from chiasm.model.prefix import PrefixCache
 from chiasm.nn.products import single_row_products
 from chiasm.parts.embed import FeatureCache
 from chiasm.parts.language.config import LanguageConfig
@@ -144,11 +145,12 @@ def text_prompt(case: Case, seed: int) -> Tensor:
 
 
 def picture_prompt(case: Case, seed: int) -> Sequence:
-    """The prompt with one picture in front of the question; the picture is always the same."""
+    """The prompt with one picture in front of the question; the picture and what precedes it are always the same."""
     c = case.config
     side, length = c.tiles.image_size, c.tokens_per_tile
     start = (case.prompt - length) // 2
     sequence = Sequence.of_text(text_prompt(case, seed))
+    sequence.ids_T[:start] = text_prompt(case, 0)[:start]
     sequence.ids_T[start : start + length] = c.language.vocab_size - 1
     sequence.kind_T[start : start + length] = IMAGE
     noise = torch.randint(0, 256, (1, 3, side, side), generator=torch.Generator().manual_seed(1))
@@ -192,9 +194,9 @@ class Clock:
         return (self.stamps[-1] - self.stamps[1]) * 1e3 / (len(self.stamps) - 2)
 
 
-def run_ours(model: CausalVLM, prompt: Sequence, tokens: int) -> Clock:
+def run_ours(model: CausalVLM, prompt: Sequence, tokens: int, prefixes: PrefixCache | None = None) -> Clock:
     clock = Clock.start()
-    run = loop.Decoding(model, [prompt], limit=tokens)
+    run = loop.Decoding(model, [prompt], limit=tokens, prefixes=prefixes)
     while events := run.step():
         clock.token(events[0].id or 0)
     return clock
@@ -251,9 +253,14 @@ def measure_text(case: Case, ours: CausalVLM, theirs: nn.Module) -> list[dict[st
 
 
 def measure_picture(case: Case, ours: CausalVLM, theirs: nn.Module) -> list[dict[str, Any]]:
-    """Time to the first token of a picture question: when the picture is new, and when it was seen before."""
-    features = FeatureCache()
+    """Time to the first token of a picture question: when the picture is new, and when it was seen before.
+
+    Then its features are remembered, or (as `ChatModel` does) also the keys and values of the beginning of the prompt,
+    which two questions about a picture share: here all rows but the 17 of the question.
+    """
+    features, prefixes = FeatureCache(), PrefixCache(min_rows=1)
     ours.embedder.features = features  # type: ignore[assignment]
+    question = iter(range(3, 10_000))
     pixels = normalize(picture_prompt(case, 0).media["image"].data, case.config.tiles, dtype=case.dtype)
 
     def new() -> Clock:
@@ -264,14 +271,19 @@ def measure_picture(case: Case, ours: CausalVLM, theirs: nn.Module) -> list[dict
         {
             "theirs": lambda: run_theirs(theirs, picture_prompt(case, 2).ids_T, 1, pixels),
             "new": new,
-            "again": lambda: run_ours(ours, picture_prompt(case, 2), 1),
+            "features": lambda: run_ours(ours, picture_prompt(case, 2), 1),
+            "prefix": lambda: run_ours(ours, picture_prompt(case, next(question)), 1, prefixes),
         },
         case.repeats,
     )
-    peers, first, again = ([clock.first for clock in seen[name]] for name in ("theirs", "new", "again"))
+    peers, first, again, prefix = (
+        [clock.first for clock in seen[name]] for name in ("theirs", "new", "features", "prefix")
+    )
+    assert prefixes.hits == case.repeats  # the warm-up reads it whole
     return [
         compare("first token, new picture", peers, first),
-        compare("first token, second question about it", peers, again, required=">= 3x"),
+        compare("first token, second question, features remembered", peers, again, required=">= 3x"),
+        compare("first token, second question, prompt remembered too", peers, prefix, required=">= 8x"),
     ]
 
 

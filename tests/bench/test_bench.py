@@ -26,7 +26,7 @@ def test_inference_measures_both_models(script) -> None:
     result = inference.measure(inference.toy())
     assert result["logits_distance"] < 0.05
     names = [row["name"] for row in result["rows"]]
-    assert [name.split(",")[0] for name in names] == ["prefill", *["decoding"] * 2, *["first token"] * 2]
+    assert [name.split(",")[0] for name in names] == ["prefill", *["decoding"] * 2, *["first token"] * 3]
     for row in result["rows"]:
         assert row["ours"]["min"] <= row["ours"]["median"] <= row["ours"]["max"]
         assert row["ratio"] == pytest.approx(row["peer"]["median"] / row["ours"]["median"])
