@@ -272,16 +272,17 @@ def describe(model: ChatModel) -> dict[str, Any]:
     """
     import torch
 
-    from chiasm.nn.quant import Int4Linear, Int8Linear
+    from chiasm.nn.quant import RoundedLinear
 
     spec = model.spec
     digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(model.model.state_dict().items()):
+    held = [*model.model.named_parameters(remove_duplicate=False), *model.model.named_buffers()]
+    for name, tensor in sorted(held):
         raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(raw.numpy().data)
     for name, module in sorted(model.model.named_modules()):  # rounded weights are in no state dict
-        if isinstance(module, Int8Linear | Int4Linear):
+        if isinstance(module, RoundedLinear):
             digest.update(f"{name} {module.checksum}".encode())
     first = next(model.model.parameters())
     return {

@@ -5,10 +5,15 @@ Legend: T rows of all documents, C width.
 
 from __future__ import annotations
 
+import itertools
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from chiasm.data.sequence import Sequence
+from chiasm.errors import ConfigError
+from chiasm.nn.quant import STAYS
 from chiasm.parts.contracts import Embedded, LossParts, ModelCache
 
 
@@ -31,8 +36,13 @@ class CausalVLM(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the trunk's weights are."""
-        return next(self.trunk.parameters()).device
+        """Where the embedder's weights are, and sequences go."""
+        return next(itertools.chain(self.embedder.parameters(), self.trunk.parameters())).device
+
+    def _apply(self, fn: Any, recurse: bool = True) -> CausalVLM:
+        if self.quantized:  # before any of the parts is moved
+            raise ConfigError(STAYS)
+        return super()._apply(fn, recurse)
 
     def new_cache(self, slots: int = 1, *, capacity: int = 0) -> ModelCache:
         """An empty memory for `slots` documents; `capacity` tokens are allocated at once when given."""

@@ -46,6 +46,10 @@ class Quantization:
     vision: Literal["w8a8"] | None = None
     group: int = 64
 
+    def __post_init__(self) -> None:
+        if self.group not in (32, 64, 128, 256):
+            raise UsageError(f"int4 weights come in groups of 32, 64, 128 or 256, not {self.group}")
+
     @classmethod
     def parse(cls, text: str) -> Quantization:
         """Read ``"int4-128+vision-w8a8"`` and the like.
@@ -79,10 +83,14 @@ class Rounding:
         how: what is rounded.
 
     Raises:
-        UsageError: the model has no encoder that could be rounded, or one is asked for nothing.
+        UsageError: nothing is asked for, the model has no encoder that could be rounded, or is rounded already.
     """
 
     def __init__(self, model: CausalVLM, how: Quantization) -> None:
+        if model.quantized:
+            raise UsageError(f"quantize {how}: the weights are rounded already ({model.quantized})")
+        if not str(how):
+            raise UsageError(f"quantize names nothing to round: join some of {', '.join(QUANTIZE)} with +")
         self._model, self._how = model, how
         self._make = dict(_layers(model, how))
         if how.vision and not any(isinstance(m, VitAttention) for m in model.embedder.modules()):

@@ -7,8 +7,9 @@ Three arithmetics, all with weights rounded once, when the layer is made:
   as two rows. One packed copy of the weights serves decoding and prefill alike.
 - `Int8Linear(bits=8)`, W8A8: the coarse part alone, rounded per row when it arrives ("dynamic"). Half the products.
 - `Int4Linear`, weight-only: 4-bit numbers with a scale and an offset for every group of inputs of a row. For few rows
-  torch's own int4 kernel, in bfloat16 (in other dtypes it takes 30 to 60 times as long); for many, the weights are
-  widened and multiplied in the model's dtype.
+  torch's own int4 kernel; for many, the weights are widened. Both compute in bfloat16 whatever the model does (the
+  kernel takes 30 to 60 times as long in other dtypes), so that a row's result does not depend on how many there are,
+  up to the rounding of sums.
 
 Where oneDNN's u8 x s8 product is absent or not exact (a GPU, a CPU without VNNI, whose 16-bit sums saturate), int8
 weights are widened as well: slower than here, but right. Layers are for inference and stay on the device they were
@@ -34,6 +35,7 @@ __all__ = [
     "GELU_FLOOR",
     "Int4Linear",
     "Int8Linear",
+    "RoundedLinear",
     "dequantize_groups",
     "int8_linear_reference",
     "quantize_groups",
@@ -45,6 +47,12 @@ GELU_FLOOR = 11 / 64
 
 _FEW_ROWS = 64  # up to here torch's int4 kernel beats widening (896 -> 4864: 6.7 against 8 ms, one thread)
 _BLOCK = 64  # outputs that the int4 kernel packs together
+
+
+STAYS = (
+    "a model with rounded weights is not moved, copied, saved or trained: load it with the dtype and device that are "
+    "wanted; what is to be saved is the checkpoint it came from"
+)
 
 
 def quantize_rows(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,7 +91,32 @@ def int8_linear_reference(
     return y_MN if bias_N is None else y_MN + bias_N.double()
 
 
-class Int8Linear(nn.Module):
+class RoundedLinear(nn.Module):
+    """What rounded layers have in common: they answer, and are not moved, copied, saved or trained."""
+
+    in_features: int
+    out_features: int
+    checksum: int
+
+    @property
+    def device(self) -> torch.device:
+        """Where it was made, and stays."""
+        raise NotImplementedError
+
+    def _apply(self, fn: object, recurse: bool = True) -> RoundedLinear:
+        raise ConfigError(STAYS)
+
+    def _save_to_state_dict(self, *given: object) -> None:
+        raise ConfigError(STAYS)
+
+    def __reduce_ex__(self, protocol: object) -> str:
+        raise ConfigError(STAYS)
+
+    def __deepcopy__(self, memo: object) -> RoundedLinear:
+        raise ConfigError(STAYS)
+
+
+class Int8Linear(RoundedLinear):
     """A linear layer with int8 weights, one scale for each output.
 
     Args:
@@ -110,8 +143,13 @@ class Int8Linear(nn.Module):
         self.bias = None if bias_N is None else bias_N.to(weight_NK.dtype)
         self.packed = weight_NK.device.type == "cpu" and _integer_product()
         self.codes = torch.ops.onednn.qlinear_prepack(codes_NK, None) if self.packed else codes_NK
-        self.checksum = zlib.crc32(codes_NK.cpu().numpy().data)
-        """Of the codes, to tell one model from another."""
+        self.checksum = _checksum(codes_NK, self.scale, self.bias)
+        """Of all numbers it multiplies and adds with, to tell one model from another."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it was made, and stays."""
+        return self.scale.device
 
     @property
     def nbytes(self) -> int:
@@ -144,6 +182,8 @@ class Int8Linear(nn.Module):
         codes_MK, step_M1 = _codes(x_MK, self.floor)
         if not self.packed:
             seen_MK = codes_MK.to(torch.int16) - (128 if self.floor is None else 0)
+            if dtype is torch.float16:  # a sum of whole numbers would pass its range
+                return _widened((seen_MK * step_M1).to(dtype), self.codes, self.scale, self.bias)
             return _widened(seen_MK.to(dtype), self.codes, self.scale, self.bias, step_M1.to(dtype))
         wide = torch.bfloat16 if dtype is torch.bfloat16 else torch.float32
         y_MN = self._product(codes_MK, 128 if self.floor is None else 0, wide)
@@ -158,9 +198,6 @@ class Int8Linear(nn.Module):
         return torch.ops.onednn.qlinear_pointwise(
             codes_MK, 1.0, zero, self.codes, self.scale, zeros_N, None, 1.0, 0, dtype, "none", [], "none"
         )
-
-    def _apply(self, fn: object, recurse: bool = True) -> Int8Linear:
-        raise ConfigError(_STAYS)
 
     def extra_repr(self) -> str:
         """Show widths and bits in ``print(model)``."""
@@ -209,7 +246,7 @@ def dequantize_groups(codes_NK: Tensor, scale_NG: Tensor, zero_NG: Tensor) -> Te
     return torch.addcmul(zero_NG[..., None], codes_NGg, scale_NG[..., None]).view(N, -1)
 
 
-class Int4Linear(nn.Module):
+class Int4Linear(RoundedLinear):
     """A linear layer with 4-bit weights, a scale and an offset for each group of inputs of an output.
 
     Args:
@@ -236,9 +273,9 @@ class Int4Linear(nn.Module):
         self.bias = None if linear.bias is None else linear.bias.detach().clone()
         self.kernel = weight_NK.device.type == "cpu"
         self.packed = _pack(codes_NK)
-        self.checksum = zlib.crc32(self.packed.cpu().numpy().data)
-        """Of the codes, to tell one model from another."""
         """(N / 64, K, 32) bytes: outputs n and n + 32 of a block share one, the first in its low half."""
+        self.checksum = _checksum(self.packed, self.scale_zero, self.bias)
+        """Of all numbers it multiplies and adds with, to tell one model from another."""
         if self.kernel:
             # The kernel's own order depends on the processor. Where it is another, it is kept beside ours.
             theirs = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes_NK, 1)
@@ -246,6 +283,11 @@ class Int4Linear(nn.Module):
                 theirs.flatten(), self.packed.flatten()
             )
             self.theirs = self.packed.view_as(theirs) if same else theirs
+
+    @property
+    def device(self) -> torch.device:
+        """Where it was made, and stays."""
+        return self.scale_zero.device
 
     @property
     def nbytes(self) -> int:
@@ -262,26 +304,23 @@ class Int4Linear(nn.Module):
             x_MK = F.pad(x_MK, (0, self.fill))
         if self.kernel and 0 < x_MK.shape[0] <= _FEW_ROWS:
             y_MN = torch.ops.aten._weight_int4pack_mm_for_cpu(
-                x_MK.bfloat16().contiguous(), self.theirs, self.group, self.scale_zero
+                x_MK.to(torch.bfloat16).contiguous(), self.theirs, self.group, self.scale_zero
             )
-            y_MN = y_MN[:, : self.out_features].to(x_MK.dtype)
-            y_MN = y_MN if self.bias is None else y_MN + self.bias.to(y_MN.dtype)
+            y_MN = y_MN[:, : self.out_features]
         else:
-            y_MN = self._many(x_MK)
+            y_MN = self._many(x_MK.to(torch.bfloat16))
+        y_MN = y_MN.to(x_MK.dtype)
+        y_MN = y_MN if self.bias is None else y_MN + self.bias.to(y_MN.dtype)
         return y_MN.reshape(*x_K.shape[:-1], self.out_features)
 
     def _many(self, x_MK: Tensor) -> Tensor:
-        """Weights widened a few blocks at a time, so that they stay in the processor's cache."""
+        """(M, K) bfloat16 -> (M, N): weights widened a few blocks at a time, so that they stay in the cache."""
         y_MN = x_MK.new_empty(x_MK.shape[0], self.out_features)
         for first in range(0, self.packed.shape[0], 8):
-            weight_KN = self._widen(first, first + 8).to(x_MK.dtype)
+            weight_KN = self._widen(first, first + 8)
             begin = first * _BLOCK
             end = min(begin + weight_KN.shape[1], self.out_features)
-            weight_KN = weight_KN[:, : end - begin]
-            if self.bias is None:
-                y_MN[:, begin:end] = x_MK @ weight_KN
-            else:
-                y_MN[:, begin:end] = torch.addmm(self.bias[begin:end].to(x_MK.dtype), x_MK, weight_KN)
+            y_MN[:, begin:end] = x_MK @ weight_KN[:, : end - begin]
         return y_MN
 
     def _widen(self, first: int, last: int) -> Tensor:
@@ -301,18 +340,9 @@ class Int4Linear(nn.Module):
         weight_KN = self._widen(0, self.packed.shape[0])
         return weight_KN.t()[: self.out_features, : self.in_features]
 
-    def _apply(self, fn: object, recurse: bool = True) -> Int4Linear:
-        raise ConfigError(_STAYS)
-
     def extra_repr(self) -> str:
         """Show widths and group in ``print(model)``."""
         return f"{self.in_features} -> {self.out_features}, int4 weights in groups of {self.group}"
-
-
-_STAYS = (
-    "a layer with rounded weights stays where it was made, in its dtype: load the model with the dtype and device "
-    "that are wanted"
-)
 
 
 def _refuse_gradient(x: Tensor) -> None:
@@ -360,10 +390,21 @@ def _widened(
     """The product with weights widened to the dtype of x, some thousands of outputs at a time."""
     parts = []
     for codes, scale in zip(codes_NK.split(4096), scale_N.split(4096), strict=True):
-        parts.append(F.linear(x_MK, codes.to(x_MK.dtype)) * scale.to(x_MK.dtype))
+        if x_MK.dtype is torch.float16:  # its sums must not be those of unscaled codes, which pass 65,504
+            parts.append(F.linear(x_MK, (codes * scale[:, None]).to(x_MK.dtype)))
+        else:  # the codes are exact in bfloat16, their products with the scales are not
+            parts.append(F.linear(x_MK, codes.to(x_MK.dtype)) * scale.to(x_MK.dtype))
     y_MN = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
     y_MN = y_MN if step_M1 is None else y_MN * step_M1
     return y_MN if bias_N is None else y_MN + bias_N.to(y_MN.dtype)
+
+
+def _checksum(*tensors: Tensor | None) -> int:
+    total = 0
+    for x in tensors:
+        if x is not None:
+            total = zlib.crc32(x.cpu().contiguous().view(torch.uint8).numpy().data, total)
+    return total
 
 
 def _pack(codes_NK: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from chiasm.data.sequence import Sequence
 from chiasm.errors import DataError
 from chiasm.nn.losses import cross_entropy
+from chiasm.nn.quant import RoundedLinear
 from chiasm.parts.contracts import Emission, LossPart, LossParts, ModelCache, Pick
 
 
@@ -27,13 +28,13 @@ class TextHead(nn.Module):
         self.weight = nn.Parameter(torch.empty(vocab_size, width)) if tied is None else tied
         self.used: int | None = None
         """Leading rows that tokens have (U); None means all. Loaders set it from the tokenizer."""
-        self.rounded: nn.Module | None = None
+        self.rounded: RoundedLinear | None = None
         """(N, C) -> (N, U) with rounded weights, in the place of `weight` (see `chiasm.model.quantize`)."""
 
     def logits(self, hidden_NC: Tensor) -> Tensor:
         """(N, C) -> (N, U) float32."""
         if self.rounded is not None:
-            return self.rounded(hidden_NC).float()
+            return self.rounded(hidden_NC.to(self.rounded.device)).float()
         return F.linear(hidden_NC.to(self.weight.device), self.weight[: self.used]).float()
 
     def loss(

@@ -282,7 +282,7 @@ def load_mini(
                     value.zero_()
     merge_lora(model.trunk)
     model.to(device=device, dtype=resolve_dtype(dtype))
-    if quantize:
+    if quantize is not None:
         quantize_model(model, quantize)
     return ChatModel(model, spec, name=NAME, deterministic=deterministic)
 
