@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
 
     from chiasm.model.chat import ChatModel
+    from chiasm.model.quantize import Quantization
 
 __all__ = ["MODELS", "Model", "hub_id", "load", "model_type", "names"]
 
@@ -48,7 +49,7 @@ def load(
     device: str | torch.device | Sequence[str | torch.device] | None = None,
     deterministic: bool = False,
     revision: str | None = None,
-    quantize: str | None = None,
+    quantize: str | Quantization | None = None,
     **options: Any,
 ) -> ChatModel:
     """Load a model that answers questions about pictures.
@@ -87,7 +88,7 @@ def load(
     if quantize is not None:
         from chiasm.model.quantize import Quantization
 
-        Quantization.parse(quantize)
+        quantize = str(quantize if isinstance(quantize, Quantization) else Quantization.parse(quantize))
     return loader(
         dtype=dtype, device=_devices(device), deterministic=deterministic, quantize=quantize, **options
     )
@@ -183,9 +184,8 @@ def _load_mini(*, folder: Path | None = None, **given: Any) -> ChatModel:
     from chiasm.text.templates import get_template
 
     max_tiles = given.pop("max_tiles", None)
-    devices: Any = given.get("device")
-    if isinstance(devices, tuple):
-        given["device"] = devices[0]  # it is small enough for any one of them
+    if isinstance(given.get("device"), tuple):
+        given["device"] = one_device(given["device"])
     given = _checked(given, frozenset())
     if max_tiles is not None:
         _ = TilePolicy(max_tiles=max_tiles)  # ConfigError unless it is a whole number of at least 1
@@ -262,10 +262,25 @@ def _devices(
         device = [name.strip() for name in device.split(",")]
     if device is None or isinstance(device, str | torch.device):
         return _device(device)
+    if not isinstance(device, list | tuple):
+        raise ConfigError(f"device {device!r} is not known: use cpu, cuda, cuda:1 or mps, or several")
     chosen = [_device(one) for one in device]
     if not chosen or len(set(chosen)) < len(chosen):
         raise ConfigError(f"device {list(map(str, device))}: name at least one, and each once")
     return tuple(chosen) if len(chosen) > 1 else chosen[0]
+
+
+def one_device(device: str | torch.device | Sequence[str | torch.device] | None) -> torch.device:
+    """The device meant, of several the first; for models that are small enough for any one.
+
+    Raises:
+        ConfigError: it is not known, or not here.
+    """
+    chosen = _devices(device)
+    if isinstance(chosen, tuple):
+        _log.warning("this model is small enough for one device: only %s is used", chosen[0])
+        return chosen[0]
+    return chosen
 
 
 def _device(device: str | torch.device | None) -> torch.device:

@@ -15,6 +15,7 @@ from chiasm import hub
 from chiasm.data.sequence import Sequence
 from chiasm.errors import ConfigError
 from chiasm.model.placement import Placement, cut, place
+from chiasm.model.quantize import Quantization
 from chiasm.systems.internvl.load import has_bfloat16, load_folder
 from chiasm.systems.internvl.model import build_internvl
 
@@ -87,6 +88,33 @@ def test_rows_move_with_the_layers() -> None:
     assert model.head.logits(hidden).shape[0] == 5
 
 
+@pytest.mark.parametrize("of_layer", [(CPU,) * 4, (META,) * 4, (CPU, CPU, META, META)])
+def test_a_device_may_have_no_layer(of_layer: tuple[torch.device, ...]) -> None:
+    """A big encoder may fill the first device, a big head the last."""
+    config = replace(internvl.CONFIG, language=replace(internvl.CONFIG.language, layers=4, tie_words=False))
+    model = build_internvl(config).requires_grad_(False)
+    model.trunk.devices = of_layer
+    for layer, device in zip(model.trunk.layers, of_layer, strict=True):
+        layer.to(device)
+    model.trunk.norm.to(META)
+    model.head.to(META)
+    assert model.device == CPU  # where sequences go: the word table's
+    hidden = model.hidden(Sequence.of_text(torch.arange(5)), model.new_cache())
+    assert hidden.device == META
+    assert model.head.logits(hidden).shape[0] == 5
+
+
+def test_rounded_weights_count_as_what_they_take() -> None:
+    config = replace(internvl.CONFIG, language=replace(internvl.CONFIG.language, layers=4))
+    model = build_internvl(config)
+    room = [60 << 10, 60 << 10]
+    with pytest.raises(ConfigError, match="do not fit"):
+        Placement(model, (CPU, META), torch.float64, room=room)
+    Placement(
+        model, (CPU, META), torch.float64, room=room, weight_bytes=Quantization.parse("int4").weight_bytes
+    )
+
+
 def test_a_checkpoint_is_loaded_to_several(tmp_path) -> None:
     folder = write_internvl(tmp_path / "m")
     model = load_folder(folder, device=(CPU, META)).model
@@ -113,6 +141,12 @@ def test_devices_are_read_from_text(monkeypatch: pytest.MonkeyPatch) -> None:
         assert hub._devices("cpu, meta") == (CPU, META)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert hub._devices("auto") == CPU
+    assert hub.one_device(["cpu"]) == CPU
+    with monkeypatch.context() as patch:
+        patch.setattr(hub, "_device", torch.device)
+        assert hub.one_device("cpu,meta") == CPU
+    with pytest.raises(ConfigError, match="device 0 is not known"):
+        hub._devices(0)  # type: ignore[arg-type]
     for wrong in ("cpu,cpu", []):
         with pytest.raises(ConfigError, match="each once"):
             hub._devices(wrong)

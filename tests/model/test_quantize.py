@@ -1,5 +1,6 @@
 """Rounding a model: by name, in place or while it is loaded; what answers afterwards, and what is refused."""
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -7,10 +8,12 @@ import pytest
 import torch
 from PIL import Image
 from tests.checkpoint import random_checkpoints as made
+from tests.tiny_chat import ask, picture, tiny_chat
 
 import chiasm
-from chiasm.errors import DataError, UsageError
+from chiasm.errors import ConfigError, DataError, UsageError
 from chiasm.eval.families import describe
+from chiasm.model.prefix import PrefixCache
 from chiasm.model.quantize import QUANTIZE, Quantization, quantize_model
 from chiasm.nn.quant import Int4Linear, Int8Linear, quantize_rows
 from chiasm.systems.internvl.load import load_folder
@@ -47,7 +50,7 @@ def asked() -> list[dict]:
 def test_names_are_read_and_written(text: str) -> None:
     how = Quantization.parse(text)
     assert Quantization.parse(str(how)) == how
-    assert str(how) == text.replace("int4+", "int4-64+") if text != "int4" else "int4-64"
+    assert str(how) == {"int4": "int4-64"}.get(text, text)
     assert Quantization.parse(text.upper()) == how
 
 
@@ -133,6 +136,44 @@ def test_what_a_rounded_model_cannot_do_is_said(tmp_path, monkeypatch) -> None:
     words = words_of(tmp_path / "t", monkeypatch)
     with pytest.raises(UsageError, match="vision-w8a8: this model has no vision encoder"):
         load_folder(words, quantize="vision-w8a8")
+
+
+def test_a_rounded_model_is_not_rounded_moved_or_saved(tmp_path, monkeypatch) -> None:
+    chat = load_folder(folder_of(tmp_path / "m", monkeypatch), quantize="vision-w8a8")
+    assert chat.quantized == "vision-w8a8"
+    before = chat.logits(chat.inputs(asked()))
+    with pytest.raises(UsageError, match=r"int8: the weights are rounded already \(vision-w8a8\)"):
+        quantize_model(chat.model, "int8")
+    for spread in (
+        lambda m: m.to(torch.bfloat16),
+        lambda m: m.half(),
+        copy.deepcopy,
+        lambda m: m.state_dict(),
+    ):
+        with pytest.raises(ConfigError, match="is not moved, copied, saved or trained"):
+            spread(chat.model)
+    assert {p.dtype for p in chat.model.parameters()} == {torch.float32}  # nothing was moved half-way
+    torch.testing.assert_close(chat.logits(chat.inputs(asked())), before, rtol=0, atol=0)
+
+
+def test_nothing_is_no_rounding() -> None:
+    model = tiny_chat().model
+    with pytest.raises(UsageError, match="names nothing to round"):
+        quantize_model(model, Quantization())
+    with pytest.raises(UsageError, match="not 7"):
+        Quantization(language="int4", group=7)
+    with pytest.raises(UsageError, match="quantize 3 is not known"):
+        chiasm.load("chiasm-mini", quantize=3)  # type: ignore[arg-type]
+
+
+def test_what_was_remembered_before_rounding_is_forgotten() -> None:
+    chat, fresh = tiny_chat(prefixes=PrefixCache(min_rows=8)), tiny_chat(prefixes=PrefixCache(min_rows=8))
+    question = ask("Is it the same question, asked again?", picture())
+    chat.chat(question, max_new_tokens=8)
+    for model in (chat, fresh):
+        quantize_model(model.model, "w8a8+vision-w8a8")
+    assert chat.chat(question, max_new_tokens=8) == fresh.chat(question, max_new_tokens=8)
+    assert chat.chat(question, max_new_tokens=8).usage["reused_tokens"] > 8
 
 
 def test_manifests_tell_rounded_models_apart(tmp_path, monkeypatch) -> None:

@@ -15,6 +15,7 @@ from chiasm.model import generate
 from chiasm.model.answer import Reply
 from chiasm.model.chat import ChatModel
 from chiasm.model.prefix import PrefixCache
+from chiasm.model.quantize import quantize_model
 from chiasm.model.queue import Piece, Queue
 from chiasm.nn.sampling import Sampling
 from tiny_chat import ask, picture, ragged, tiny_chat
@@ -108,6 +109,61 @@ def test_an_empty_queue(model: ChatModel) -> None:
     assert model.batch([]) == []
 
 
+@pytest.mark.parametrize("how", ["int8", "w8a8+vision-w8a8"])
+def test_nor_do_they_with_rounded_weights(how: str) -> None:
+    cold = tiny_chat(prefixes=PrefixCache(0))
+    model = tiny_chat(prefixes=PrefixCache(min_rows=16))
+    for chat in (cold, model):
+        quantize_model(chat.model, how)
+    requests = ragged(64, seed=5, longest=150)
+    alone = [cold.chat(messages, **options) for messages, options in requests]
+    queue = model.queue(max_rows=64)
+    tickets = [queue.submit(messages, **options) for messages, options in requests]
+    pieces: list[Piece] = []
+    gone = set()
+    for step in range(12):
+        pieces += queue.step()
+        gone |= {tickets[5 * step]} if queue.cancel(tickets[5 * step]) else set()
+    replies = finish(queue, pieces)
+    assert len(gone) > 3
+    for ticket, expected in zip(tickets, alone, strict=True):
+        assert ticket in gone or equal(replies[ticket], expected)
+
+
+@pytest.mark.parametrize("fails", range(8))
+def test_a_cache_that_finds_no_memory_changes_no_answer(
+    monkeypatch: pytest.MonkeyPatch, model: ChatModel, fails: int
+) -> None:
+    """The n-th allocation of a growing cache fails: who joined ends with the error, the other as if alone."""
+    expected = model.chat(ask("The first one?"), max_new_tokens=40)
+    queue = model.queue()
+    first = queue.submit(ask("The first one?"), max_new_tokens=40)
+    pieces = [piece for _ in range(5) for piece in queue.step()]
+    plain, count = torch.Tensor.new_zeros, 0
+
+    def scarce(self: torch.Tensor, *shape: Any, **options: Any) -> torch.Tensor:
+        nonlocal count
+        count += 1
+        if count == fails + 1:
+            raise torch.OutOfMemoryError("no memory")
+        return plain(self, *shape, **options)
+
+    monkeypatch.setattr(torch.Tensor, "new_zeros", scarce)
+    second = queue.submit(ask("The second one, and it is a little longer?"), max_new_tokens=40)
+    pieces += queue.step()
+    monkeypatch.undo()
+    replies = finish(queue, pieces)
+    for ticket in (first, second):
+        if not isinstance(replies[ticket], torch.OutOfMemoryError):
+            alone = (
+                expected
+                if ticket == first
+                else model.chat(ask("The second one, and it is a little longer?"), max_new_tokens=40)
+            )
+            assert equal(replies[ticket], alone)
+    assert count > fails or fails > 3
+
+
 def test_cancel_before_the_start_twice_and_after_the_end(model: ChatModel) -> None:
     queue = model.queue(max_running=1)
     first, second = (queue.submit(ask(t), max_new_tokens=4) for t in ("one", "two"))
@@ -116,7 +172,12 @@ def test_cancel_before_the_start_twice_and_after_the_end(model: ChatModel) -> No
     assert not queue.cancel(99)
     replies = finish(queue)
     assert equal(replies[first], model.chat(ask("one"), max_new_tokens=4))
-    assert replies[second] == Reply(text="", token_ids=[], finish="cancelled", usage={"completion_tokens": 0})
+    reply = replies[second]
+    assert isinstance(reply, Reply)
+    assert (reply.text, reply.token_ids, reply.finish) == ("", [], "cancelled")
+    first_reply = replies[first]
+    assert isinstance(first_reply, Reply)
+    assert reply.usage == dict.fromkeys(first_reply.usage, 0)
     assert not queue.cancel(first)
     assert list(queue) == []
 

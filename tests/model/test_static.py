@@ -1,5 +1,7 @@
 """Passes of fixed shapes against the ragged ones: same hidden states, same answers, whoever joins and leaves."""
 
+import gc
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -118,14 +120,46 @@ def test_one_long_answer_outgrows_its_cache(monkeypatch: pytest.MonkeyPatch) -> 
     assert len(calls) > 60
 
 
-def test_rounded_models_decode_in_fixed_shapes_too() -> None:
+@pytest.mark.parametrize(
+    ("dtype", "how"),
+    [
+        *((torch.float32, how) for how in ("int8", "w8a8", "int4")),
+        (torch.bfloat16, None),
+        (torch.float16, None),
+        (torch.float16, "int8"),
+    ],
+)
+def test_other_arithmetics_decode_in_fixed_shapes_too(monkeypatch: pytest.MonkeyPatch, dtype, how) -> None:
+    calls = counted(monkeypatch)
     answers = []
     for static in (False, True):
         chat = tiny_chat()
-        quantize_model(chat.model, "int8")
-        chat.model.static = static
+        chat.model.to(dtype)
+        if how:
+            quantize_model(chat.model, how)
+        chat.static = static
+        assert chat.static is static
         answers.append(chat.chat("Hello?", max_new_tokens=30).token_ids)
     assert answers[0] == answers[1]
+    assert len(calls) > 15
+
+
+@torch.inference_mode()
+def test_a_pass_is_let_go_with_its_cache() -> None:
+    """Its memory must not outlive the cache that it was made for."""
+    model = tiny_model()
+    model.static = True
+    prompts = [Sequence.of_text(torch.arange(n)) for n in (3, 4, 5, 6)]
+    run = Decoding(model, prompts, limit=[30, 30, 60, 60])
+    for _ in range(20):
+        run.step()
+    assert run._static is not None
+    old = weakref.ref(run._cache.trunk.buffers()[0][0])
+    run.cancel(0), run.cancel(1), run.cancel(2)
+    run.step()
+    assert run._static is None
+    gc.collect()
+    assert old() is None
 
 
 def test_models_that_do_not_fit_are_known() -> None:

@@ -158,6 +158,7 @@ def _perplexity(
 ) -> dict[str, Any]:
     from chiasm.eval.families import describe
     from chiasm.eval.perplexity import load_text, measure_perplexity
+    from chiasm.hub import one_device
     from chiasm.systems.internvl.mini import load_mini
 
     text = load_text()
@@ -166,7 +167,7 @@ def _perplexity(
         if chat is not None and adapt:
             mini = chat
         else:
-            mini = load_mini(bundle, device=device or "cpu", adapt=adapt, quantize=quantize)
+            mini = load_mini(bundle, device=one_device(device), adapt=adapt, quantize=quantize)
         return mini.model, mini.spec.tokenizer, describe(mini)
 
     return measure_perplexity(

@@ -148,6 +148,10 @@ class Writer:
         return piece
 
 
+NOTHING_READ = {"prompt_tokens": 0, "tiles": 0, "frames": 0, "reused_tokens": 0}
+"""What `Reply.usage` says of a prompt that was never read."""
+
+
 def prompt_usage(inputs: ModelInputs, reused: int = 0) -> dict[str, int]:
     """What `Reply.usage` says of a prompt of which `reused` rows were remembered."""
     return {

@@ -6,7 +6,7 @@ Legend: T rows of all documents, C width.
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +31,11 @@ class CausalVLM(nn.Module):
         self.embedder, self.trunk, self.head = embedder, trunk, head
         self.quantized: str | None = None
         """How its weights have been rounded, see `chiasm.model.quantize`."""
-        self.static: bool | None = None
-        """Whether passes that only decode have fixed shapes (`chiasm.model.static`); None: on CUDA devices."""
+        self.static: bool | Literal["compile"] | None = None
+        """Whether passes that only decode have fixed shapes (`chiasm.model.static`); None: on CUDA devices.
+
+        "compile" fuses their kernels first, which takes long and pays for long answers only.
+        """
 
     @property
     def device(self) -> torch.device:

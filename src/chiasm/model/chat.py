@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator
 from collections.abc import Sequence as Seq
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -97,6 +97,20 @@ class ChatModel:
         self.stop_ids = spec.template.stop_ids(tokenizer)
         shown = {tokenizer.token_to_id(tag) for tag in VISIBLE_TAGS}
         self._hidden = (tokenizer.special_ids | set(self.stop_ids)) - shown
+
+    @property
+    def quantized(self) -> str | None:
+        """How the weights were rounded (`chiasm.model.quantize`)."""
+        return self.model.quantized
+
+    @property
+    def static(self) -> bool | Literal["compile"] | None:
+        """Whether passes that only decode have fixed shapes, see `CausalVLM.static`; may be set."""
+        return self.model.static
+
+    @static.setter
+    def static(self, wanted: bool | Literal["compile"] | None) -> None:
+        self.model.static = wanted
 
     def inputs(self, messages: Any, images: Seq[Any] = ()) -> ModelInputs:
         """Lay a conversation out.

@@ -163,10 +163,10 @@ class Decoding:
         if self._prefixes is not None:
             self._prefixes.bind(model)
         self._pick = _Picker(self._choose, self._documents)
-        wanted = model.device.type == "cuda" if model.static is None else model.static
+        wanted = model.device.type == "cuda" if model.static is None else bool(model.static)
         self._fixed = wanted and fits(model)
         self._static: StaticPass | None = None
-        self._seen: Tensor | None = None
+        self._seen = 0
         self._steady_passes = 0
         self._free: list[int] = list(range(n))
         documents = [self._document(p, s, m) for p, s, m in zip(prompts, samplings, limits, strict=True)]
@@ -243,15 +243,18 @@ class Decoding:
         rows, cache = self._next, self._cache.trunk
         if not self._fixed or rows is None or rows.spans or rows.pos_T.dim() > 1:
             return None
+        if bool((rows.kind_T != TEXT).any()):
+            return None
         if self._static is None or not self._static.matches(cache):
+            self._static = None  # and with it the memory of the cache it was made for
             # A graph pays for being recorded when it is replayed: not before the cache has kept its size for a while.
             buffers = cache.buffers()
-            same = buffers and self._seen is not None and buffers[0][0] is self._seen
+            same = bool(buffers) and self._seen == buffers[0][0].data_ptr()
             self._steady_passes = self._steady_passes + 1 if same else 0
-            self._seen = buffers[0][0] if buffers else None
-            if self._steady_passes < STEADY or bool((rows.kind_T != TEXT).any()):
+            self._seen = buffers[0][0].data_ptr() if buffers else 0
+            if self._steady_passes < STEADY:
                 return None
-            self._static = StaticPass(self.model, cache)
+            self._static = StaticPass(self.model, cache, compile=self.model.static == "compile")
         if not self._static.room():
             return None
         slots = [document.slot for document in self._writing]
@@ -488,6 +491,7 @@ class Decoding:
 
     def _resize(self, slots: int, capacity: int | None = None) -> None:
         """Copy the living documents into a cache of this size."""
+        self._static = None
         documents = list(self._documents.values())
         self._cache.resize([document.slot for document in documents], slots, capacity)
         for n, document in enumerate(documents):

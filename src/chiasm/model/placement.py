@@ -62,6 +62,7 @@ class Placement:
         dtype: that it will have.
         room: bytes that each device can take; None asks CUDA devices for their free memory, less a tenth for what is
             computed, and takes all others as equal.
+        weight_bytes: of each number in a linear layer of the decoder, where they are rounded.
 
     Raises:
         ConfigError: the model does not fit.
@@ -73,18 +74,21 @@ class Placement:
         devices: Sequence[torch.device],
         dtype: torch.dtype,
         room: Sequence[int] | None = None,
+        weight_bytes: float | None = None,
     ) -> None:
         self.devices = tuple(devices)
         blocks: nn.ModuleList = model.trunk.layers  # type: ignore[assignment]
         known = room is not None or all(d.type == "cuda" for d in devices)
         given = list(room) if room is not None else [_free(d) for d in devices]
 
-        def size(module: nn.Module) -> int:
-            return sum(p.numel() for p in module.parameters()) * dtype.itemsize
+        def size(module: nn.Module, each: float = dtype.itemsize) -> int:
+            linear = sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+            rest = sum(p.numel() for p in module.parameters()) - linear
+            return round(linear * each + rest * dtype.itemsize)
 
         words = getattr(getattr(model.embedder, "words", None), "weight", None)
         self._own_head = getattr(model.head, "weight", None) is not words
-        sizes = [size(block) for block in blocks]
+        sizes = [size(block, weight_bytes or dtype.itemsize) for block in blocks]
         first, last = size(model.embedder), size(model.head) if self._own_head else 0
         of_layer = cut(sizes, first, last, given)
         loads = [0] * len(devices)

@@ -34,6 +34,7 @@ from chiasm.data.sequence import Sequence, Span
 from chiasm.errors import ConfigError
 from chiasm.nn.rope import Rope
 from chiasm.parts.contracts import Past
+from chiasm.parts.embed import weights_version
 
 __all__ = ["Found", "PrefixCache", "Rows", "steady_length"]
 
@@ -183,7 +184,7 @@ class PrefixCache:
         owner = None if self._model is None else self._model()
         if owner is not None and owner is not model:
             raise ConfigError("a prefix cache holds the past of one model: give every model one of its own")
-        weights = _versions(model)
+        weights = weights_version(model)
         if owner is None or weights != self._weights:
             self.clear()
             self._model, self._weights = weakref.ref(model), weights
@@ -242,12 +243,6 @@ class PrefixCache:
     def _drop(self, entry: _Entry) -> None:
         self._entries.remove(entry)
         self.bytes -= entry.bytes
-
-
-def _versions(model: nn.Module) -> int:
-    """A number that changes when weights are replaced or written to."""
-    tensors = itertools.chain(model.parameters(), model.buffers())
-    return hash(tuple((x.data_ptr(), 0 if x.is_inference() else x._version) for x in tensors))
 
 
 def _begins(longer: Rows, shorter: Rows) -> bool:

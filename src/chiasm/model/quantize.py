@@ -57,6 +57,8 @@ class Quantization:
         Raises:
             UsageError: an unknown word, or two for the same part.
         """
+        if not isinstance(text, str):
+            raise UsageError(f"quantize {text!r} is not known: join some of {', '.join(QUANTIZE)} with +")
         fields: dict[str, object] = {}
         for word in text.lower().split("+"):
             if word not in QUANTIZE:
@@ -69,6 +71,13 @@ class Quantization:
             if group:
                 fields["group"] = int(group)
         return cls(**fields)  # type: ignore[arg-type]
+
+    @property
+    def weight_bytes(self) -> float | None:
+        """Bytes of a number in the language model's layers, scales included; None where they are not rounded."""
+        if self.language == "int4":
+            return 0.5 + 4 / self.group
+        return 1.0 if self.language else None
 
     def __str__(self) -> str:
         language = f"int4-{self.group}" if self.language == "int4" else self.language

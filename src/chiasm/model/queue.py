@@ -36,7 +36,16 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from chiasm.errors import ChiasmError, ConfigError, ContextOverflowError, UsageError
-from chiasm.model.answer import ModelInputs, Options, Reply, Writer, make_reply, parse_options, prompt_usage
+from chiasm.model.answer import (
+    NOTHING_READ,
+    ModelInputs,
+    Options,
+    Reply,
+    Writer,
+    make_reply,
+    parse_options,
+    prompt_usage,
+)
 from chiasm.model.generate import Decoding, Event
 
 if TYPE_CHECKING:
@@ -81,7 +90,7 @@ class _Request:
     limit: int = 0
     need: int = 0
     """Rows of the cache that it may come to take."""
-    usage: dict[str, int] = field(default_factory=dict)
+    usage: dict[str, int] = field(default_factory=lambda: dict(NOTHING_READ))
     cancelled: bool = False
 
 
@@ -206,7 +215,11 @@ class Queue:
         """Step until all requests have ended, those too that are submitted meanwhile. May be left and begun again."""
         while True:
             while self._pieces:
-                yield self._pieces.popleft()
+                try:
+                    piece = self._pieces.popleft()
+                except IndexError:  # another thread took it, and will be refused when it steps
+                    break
+                yield piece
             if not self._alive:
                 return
             self._advance()
@@ -326,5 +339,8 @@ class Queue:
     def _fail_running(self, error: Exception) -> None:
         """End all that run, and forget the cache they ran in."""
         running, self._running, self._run = list(self._running.values()), {}, None
+        error = error.with_traceback(
+            None
+        )  # whose frames hold the cache, and a reader may hold the error for long
         for request in running:
             self._finish(request, error=error)

@@ -104,7 +104,7 @@ class StaticPass:
             ids, pos: token and position of each document's row. slots: where the documents lie in the cache.
 
         Returns:
-            (len(slots), C) hidden states; they are written over by the next call.
+            (len(slots), C) hidden states.
         """
         lengths = self._cache.lengths
         all_ids, all_pos = [0] * self.slots, [0.0] * self.slots
@@ -120,8 +120,9 @@ class StaticPass:
             if self._graph is None:
                 self._record()
             assert self._graph is not None
-            self._graph.replay()
-            hidden_NC = self._hidden
+            with torch.cuda.device(self.device):
+                self._graph.replay()
+            hidden_NC = self._hidden.clone()  # the next replay writes over it
         for slot in slots:
             self._cache.lengths[slot] += 1
         return hidden_NC if list(slots) == list(range(self.slots)) else hidden_NC[list(slots)]
@@ -154,12 +155,14 @@ class StaticPass:
 
     def _record(self) -> None:
         """Record the pass. The passes before it write where the replayed one writes again."""
-        stream = torch.cuda.Stream(self.device)
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream):
-            for _ in range(_WARM_UP):
-                self._call(self._ids, self._pos, self._past)
-        torch.cuda.current_stream(self.device).wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._hidden = self._call(self._ids, self._pos, self._past)
+        with torch.cuda.device(self.device):  # streams and captures belong to the current device
+            stream = torch.cuda.Stream(self.device)
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(_WARM_UP):
+                    self._call(self._ids, self._pos, self._past)
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=stream):
+                self._hidden = self._call(self._ids, self._pos, self._past)
+            self._graph = graph

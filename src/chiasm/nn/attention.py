@@ -158,20 +158,24 @@ class KVCache:
     def resize(self, keep: Seq[int], slots: int, capacity: int | None = None) -> None:
         """Copy the documents `keep` into slots 0, 1, … of new buffers for `slots` documents of `capacity` rows.
 
-        A capacity that is too small for what they hold is taken as that; None leaves it as it is.
+        A capacity that is too small for what they hold is taken as that; None leaves it as it is. Old and new buffers
+        are there together for a moment: where there is no memory for that, everything stays as it was.
         """
-        self._planned.clear()
         lengths = [self.lengths[s] for s in keep]
         used = max(lengths, default=0)
-        self._capacity = max(used, self._capacity if capacity is None else capacity)
-        for buffers in (self._k, self._v):
-            for layer, x in enumerate(buffers):
-                if x is not None:
-                    buffers[layer] = None
-                if x is not None and slots:
-                    new = x.new_zeros(slots, x.shape[1], self._capacity, x.shape[3])
-                    new[: len(keep), :, :used] = x[torch.tensor(keep, dtype=torch.int64), :, :used]
-                    buffers[layer] = new
+        capacity = max(used, self._capacity if capacity is None else capacity)
+        kept = torch.tensor(keep, dtype=torch.int64)
+
+        def copied(x: Tensor | None) -> Tensor | None:
+            if x is None or not slots:
+                return None
+            new = x.new_zeros(slots, x.shape[1], capacity, x.shape[3])
+            new[: len(keep), :, :used] = x[kept, :, :used]
+            return new
+
+        k, v = ([copied(x) for x in buffers] for buffers in (self._k, self._v))
+        self._planned.clear()
+        self._k, self._v, self._capacity = k, v, capacity
         self._lengths = lengths + [0] * (slots - len(keep))
 
     def take(self, slot: int) -> list[tuple[Tensor, Tensor]]:

@@ -77,8 +77,8 @@ def choose(logits_V: Tensor, sampling: Sampling, seen: Tensor, generator: torch.
     """
     if math.isnan(float(logits_V.max())):
         raise NumericsError(
-            "the model's output is not a number: its activations passed the range of its dtype; load it with dtype "
-            "bfloat16 or float32"
+            "the model's output is not a number: its activations passed the range of their dtype; load it with dtype "
+            "bfloat16 or float32, and without quantize"
         )
     logits_V = penalize_repetition(logits_V, seen, sampling.repetition_penalty)
     if sampling.greedy:

@@ -27,6 +27,7 @@ __all__ = [
     "attend_by_head",
     "drop_path_rates",
     "init_vit",
+    "normed",
     "resize_positions",
     "vit_norm",
 ]
@@ -236,13 +237,13 @@ class VitBlock(nn.Module):
     def forward(self, x_NTC: Tensor) -> Tensor:
         """Apply the layer: (N, T, C) -> (N, T, C). x may be float32 where the layer's parameters are float16."""
         # addcmul scales and adds in one pass over memory.
-        h_NTC = _normed(self.norm1, x_NTC, self.ls1.dtype)
+        h_NTC = normed(self.norm1, x_NTC, self.ls1.dtype)
         x_NTC = torch.addcmul(x_NTC, self.drop_path(self.attn(h_NTC)), self.ls1)
-        h_NTC = _normed(self.norm2, x_NTC, self.ls2.dtype)
+        h_NTC = normed(self.norm2, x_NTC, self.ls2.dtype)
         return torch.addcmul(x_NTC, self.drop_path(self.mlp(h_NTC)), self.ls2)
 
 
-def _normed(norm: nn.Module, x_NTC: Tensor, dtype: torch.dtype) -> Tensor:
+def normed(norm: nn.Module, x_NTC: Tensor, dtype: torch.dtype) -> Tensor:
     """The norm of x; of a float32 x beside float16 parameters in float16, computed in float32."""
     if dtype != torch.float16 or x_NTC.dtype == dtype:
         return norm(x_NTC)

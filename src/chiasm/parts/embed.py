@@ -9,6 +9,8 @@ Legend: T rows, C width of the language model, N media items, K rows an item.
 
 from __future__ import annotations
 
+import itertools
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
 
@@ -32,8 +34,17 @@ class WordTable(nn.Module):
         return F.embedding(ids_T, self.weight)
 
 
+def weights_version(module: nn.Module) -> int:
+    """A number that changes when weights are replaced or written to (but not through `parameter.data`)."""
+    tensors = itertools.chain(module.parameters(), module.buffers())
+    return hash(tuple((x.data_ptr(), 0 if x.is_inference() else x._version) for x in tensors))
+
+
 class FeatureCache:
-    """Least-recently-used features by content key, bounded in bytes. `hits` and `misses` count spans."""
+    """Least-recently-used features by content key, bounded in bytes. `hits` and `misses` count spans.
+
+    May be used by several threads at once.
+    """
 
     def __init__(self, max_bytes: int = 1 << 30) -> None:
         if max_bytes < 0:
@@ -41,32 +52,46 @@ class FeatureCache:
         self.max_bytes = max_bytes
         self.hits = self.misses = self.bytes = 0
         self._store: OrderedDict[str, Tensor] = OrderedDict()
+        self._lock = threading.RLock()
+        self._weights: int | None = None
+
+    def bind(self, encoder: nn.Module) -> None:
+        """Belong to these weights as they are now: what others have encoded is forgotten."""
+        weights = weights_version(encoder)
+        with self._lock:
+            if weights != self._weights:
+                if self._weights is not None:
+                    self.clear()
+                self._weights = weights
 
     def get(self, key: str) -> Tensor | None:
         """Features stored under this key, or None; counts a hit or a miss."""
-        found = self._store.get(key) if key else None
-        if found is None:
-            self.misses += 1
-            return None
-        self.hits += 1
-        self._store.move_to_end(key)
-        return found
+        with self._lock:
+            found = self._store.get(key) if key else None
+            if found is None:
+                self.misses += 1
+                return None
+            self.hits += 1
+            self._store.move_to_end(key)
+            return found
 
     def put(self, key: str, features: Tensor) -> None:
         """Store features, dropping the least recently used until they fit."""
         size = features.numel() * features.element_size()
-        if not key or size > self.max_bytes or key in self._store:
-            return
-        self._store[key] = features
-        self.bytes += size
-        while self.bytes > self.max_bytes:
-            _, old = self._store.popitem(last=False)
-            self.bytes -= old.numel() * old.element_size()
+        with self._lock:
+            if not key or size > self.max_bytes or key in self._store:
+                return
+            self._store[key] = features
+            self.bytes += size
+            while self.bytes > self.max_bytes:
+                _, old = self._store.popitem(last=False)
+                self.bytes -= old.numel() * old.element_size()
 
     def clear(self) -> None:
         """Forget everything (the counters stay)."""
-        self._store.clear()
-        self.bytes = 0
+        with self._lock:
+            self._store.clear()
+            self.bytes = 0
 
 
 def encode_spans(

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from chiasm.errors import ConfigError
+from chiasm.nn.vit import normed
 from chiasm.shapes import Float
 
 __all__ = ["Projector"]
@@ -39,4 +40,5 @@ class Projector(nn.Module):
 
     def forward(self, x_NUI: Float[Tensor, "*N I"]) -> Float[Tensor, "*N D"]:
         """Project (..., I) to (..., D), token by token."""
-        return self.fc2(F.gelu(self.fc1(self.norm(x_NUI))))
+        h_NUI = normed(self.norm, x_NUI, self.norm.weight.dtype)
+        return self.fc2(F.gelu(self.fc1(h_NUI)))

@@ -79,6 +79,9 @@ class Decoder(nn.Module):
                 x_TC = block(x_TC, table, segments, kind_T, cache, i)
         if cache is not None:
             cache.advance(segments)
+        if self.devices is not None:  # the last one may have no layer
+            weight = next(self.norm.parameters(), x_TC)
+            x_TC = x_TC.to(weight.device)
         x_TC = self.norm(x_TC)
         return x_TC.to(dtype) if dtype == torch.float16 else x_TC
 

@@ -368,20 +368,20 @@ class InternViT(nn.Module):
     ) -> tuple[Tensor, ...]:
         """Return several hidden states of one pass, in the order asked for (as a distillation loss needs).
 
-        Arguments, result shape and errors are those of `forward`.
+        Those of a float16 encoder are float32, whose range they may need. Arguments, result shape and errors are those
+        of `forward`.
         """
         depths = [self._depth(select) for select in select_layers]
         keep = torch.is_grad_enabled() and (self.checkpoint if checkpoint is None else checkpoint)
         x_NTC = self.embed(pixels_N3HW)
-        narrow = x_NTC.dtype
-        if narrow == torch.float16:
+        if x_NTC.dtype == torch.float16:
             x_NTC = x_NTC.float()  # what the layers add to may pass float16's 65,504
         kept = {0: x_NTC}
         for depth, layer in enumerate(self.layers[: max(depths)], start=1):
             x_NTC = recompute(layer, x_NTC, use_reentrant=False) if keep else layer(x_NTC)
             if depth in depths:
                 kept[depth] = x_NTC
-        return tuple(kept[depth].to(narrow) for depth in depths)
+        return tuple(kept[depth] for depth in depths)
 
     def embed(self, pixels_N3HW: Tensor) -> Tensor:
         """Return the input of the first layer: patches projected, class token prepended, positions added."""

@@ -131,15 +131,18 @@ def load_folder(
             else:
                 model = build_language_model(found.config)
         _only_words(model, found.used)
-        rounding = Rounding(model, Quantization.parse(quantize)) if quantize else None
+        how = None if quantize is None else Quantization.parse(quantize)
+        rounding = None if how is None else Rounding(model, how)
         chosen = resolve_dtype(dtype, found.dtype)
         several = () if isinstance(device, str | torch.device) else tuple(device)
         where: Any = several[0] if several else torch.device(device)  # type: ignore[arg-type]
-        if dtype in (None, "auto") and chosen == torch.bfloat16 and not has_bfloat16(where):
-            _log.info("%s computes in float16: it has no bfloat16", where)
-            chosen = torch.float16
+        if dtype in (None, "auto") and chosen == torch.bfloat16:
+            unable = [d for d in several or (where,) if not has_bfloat16(d)]
+            if unable:
+                _log.info("computing in float16: %s has no bfloat16", unable[0])
+                chosen = torch.float16
         if len(several) > 1:
-            where = Placement(model, several, chosen)
+            where = Placement(model, several, chosen, weight_bytes=how.weight_bytes if how else None)
             place(model, where)
         load_into(
             model,

@@ -58,6 +58,8 @@ class InternVLEmbedder(nn.Module):
         """(T,) positions -> (T, C) rows."""
         x_TC = self.words(sequence.ids_T)
         store = None if torch.is_grad_enabled() else self.features
+        if store is not None and sequence.spans:
+            store.bind(self)
         seen = [
             pair for media in ("image", "video") for pair in encode_spans(sequence, media, self.encode, store)
         ]
