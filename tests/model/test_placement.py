@@ -107,7 +107,9 @@ def test_a_device_may_have_no_layer(of_layer: tuple[torch.device, ...]) -> None:
 def test_rounded_weights_count_as_what_they_take() -> None:
     config = replace(internvl.CONFIG, language=replace(internvl.CONFIG.language, layers=4))
     model = build_internvl(config)
-    room = [60 << 10, 60 << 10]
+    embedder = sum(p.numel() for p in model.embedder.parameters()) * 8
+    trunk = sum(p.numel() for p in model.trunk.parameters()) * 8
+    room = [embedder + 1, trunk // 2]
     with pytest.raises(ConfigError, match="do not fit"):
         Placement(model, (CPU, META), torch.float64, room=room)
     Placement(
