@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from chiasm.errors import ConfigError
-from chiasm.model.openvino.weights import matrix, openvino, whole
+from chiasm.model.openvino.weights import INT8, Scheme, matrix, openvino, whole
 from chiasm.nn.block import Attention, SwiGLU
 from chiasm.nn.norms import HeadNorm, RMSNorm
 from chiasm.nn.vit import VitAttention, VitBlock
@@ -38,17 +38,17 @@ class Writer:
     """Writes modules as nodes; every weight goes through it.
 
     Args:
-        quantize: scheme of the matrices, see `chiasm.model.openvino.weights`.
+        scheme: how matrices are compressed, see `chiasm.model.openvino.weights`.
         exact: keep float32 weights where they are not compressed (else float16).
         written: called after each block of a stack, for a progress display.
     """
 
     def __init__(
-        self, quantize: str | None = None, *, exact: bool = False, written: Callable[[], None] = lambda: None
+        self, scheme: Scheme | None = None, *, exact: bool = False, written: Callable[[], None] = lambda: None
     ) -> None:
         self.ov = openvino()
         self.op = self.ov.opset13
-        self.quantize, self.exact, self.written = quantize, exact, written
+        self.scheme, self.exact, self.written = scheme, exact, written
 
     def scalar(self, value: float) -> Any:
         """A float32 constant."""
@@ -69,7 +69,7 @@ class Writer:
                 f"a layer is {type(layer).__name__}, not Linear: merge adapters and leave other backends' "
                 "quantisation out before the openvino backend writes the model"
             )
-        y = self.op.matmul(x, matrix(layer.weight, self.quantize, exact=self.exact), False, True)
+        y = self.op.matmul(x, matrix(layer.weight, self.scheme, exact=self.exact), False, True)
         return y if layer.bias is None else self.op.add(y, whole(layer.bias, exact=True))
 
     def norm(self, layer: nn.Module, x: Any) -> Any:
@@ -202,10 +202,10 @@ def decoder_graph(write: Writer, decoder: Decoder) -> Any:
 
 
 def head_graph(write: Writer, weight: torch.Tensor) -> Any:
-    """Input hidden (N, C) -> logits (N, V). int8 where the rest is int4: see the module of the weights."""
+    """Input hidden (N, C) -> logits (N, V). Compressed, it is int8 whatever the scheme of the rest."""
     op = write.op
     hidden = op.parameter([-1, weight.shape[1]], np.float32, name="hidden")
-    scheme = "int8" if write.quantize else None
+    scheme = INT8 if write.scheme else None
     logits = op.matmul(hidden, matrix(weight, scheme, exact=write.exact), False, True)
     return _model(write, "head", logits, {"hidden": hidden}, [])
 

@@ -1,12 +1,12 @@
 """Matrices as constants of an OpenVINO graph, whole or compressed, and what a compressed matrix stands for.
 
-Schemes, by the name that users give (``quantize=``):
+The words are those of `chiasm.model.quantize`, the rounding is the plainest that OpenVINO's CPU plugin is fast with:
 
-- None: float16 (float32 where a model is to be exact, or where a value does not fit float16);
-- ``int8``: symmetric, one scale an output row;
-- ``int4``: symmetric, one scale for each group of 64 (else 32) inputs of a row. The sign of a scale is that
-  of minus the group's largest value, which lets that value be -8: one step more than ±7. Matrices whose width is no
-  multiple of 32, and the output matrix of the vocabulary, to whose rounding answers are most sensitive, are int8.
+- no word: float16 (float32 where a model is to be exact, or where a value does not fit float16);
+- `int8`: symmetric, one scale an output row. `vision-w8a8` is the same for the encoder;
+- `int4`: symmetric, one scale for each group of inputs of a row. The sign of a scale is that of minus the group's
+  largest value, which lets that value be -8: one step more than ±7. Matrices whose width is no multiple of the group
+  are int8, and so is the head, which has the last word.
 
 A compressed constant is written as the subgraph integers -> convert -> multiply by scales, which OpenVINO's CPU
 plugin keeps compressed in memory and expands inside its matrix products. No data are needed and no compression
@@ -24,14 +24,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from chiasm.errors import ConfigError, missing_extra
+from chiasm.errors import UsageError, missing_extra
+from chiasm.model.quantize import Quantization
 
-__all__ = ["SCHEMES", "Compressed", "check_scheme", "compress", "matrix", "openvino", "rounded", "whole"]
+__all__ = ["INT8", "Compressed", "Scheme", "compress", "matrix", "openvino", "rounded", "schemes", "whole"]
 
-SCHEMES = ("int8", "int4")
-"""What `quantize` may be, besides None."""
-
-_GROUPS = (64, 32)
 _HALF_MAX = 65504.0
 
 
@@ -44,12 +41,29 @@ def openvino() -> Any:
     return ov
 
 
-def check_scheme(quantize: str | None) -> None:
-    """Raise ConfigError unless it is None or one of SCHEMES."""
-    if quantize is not None and quantize not in SCHEMES:
-        raise ConfigError(
-            f"quantize {quantize!r} is not known to the openvino backend: use {' or '.join(SCHEMES)}, or leave it out"
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """How a matrix is compressed: `bits` of its integers (8 or 4), and inputs that share a scale (0: a whole row)."""
+
+    bits: int
+    group: int = 0
+
+
+INT8 = Scheme(8)
+
+
+def schemes(quantize: str | None) -> tuple[Scheme | None, Scheme | None]:
+    """Schemes of the language model and of the encoder; UsageError for words that this backend does not have."""
+    if quantize is None:
+        return None, None
+    how = Quantization.parse(quantize)
+    if how.language == "w8a8":
+        raise UsageError(
+            f"quantize {quantize!r}: the openvino backend has no w8a8 for the language model, its int8 rounds "
+            "activations too: use int8"
         )
+    language = {None: None, "int8": INT8, "int4": Scheme(4, how.group)}[how.language]
+    return language, INT8 if how.vision else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,27 +80,27 @@ class Compressed:
         return (self.values_OQR.float() * self.scales_OQ1).flatten(1)
 
 
-def compress(weight_OI: Tensor, scheme: str) -> Compressed:
+def compress(weight_OI: Tensor, scheme: Scheme) -> Compressed:
     """Round a matrix to the nearest values of a scheme; see the module."""
     inputs = weight_OI.shape[1]
-    groups = [g for g in _GROUPS if inputs % g == 0] if scheme == "int4" else []
-    w_OQR = weight_OI.detach().float().unflatten(1, (-1, groups[0] if groups else inputs))
+    grouped = scheme.bits == 4 and inputs % scheme.group == 0
+    w_OQR = weight_OI.detach().float().unflatten(1, (-1, scheme.group if grouped else inputs))
     largest_OQ1 = w_OQR.gather(2, w_OQR.abs().argmax(2, keepdim=True))
-    bits, low, high = (4, -8, 7) if groups else (8, -127, 127)
-    scales_OQ1 = largest_OQ1 / low if groups else largest_OQ1.abs() / high
+    bits, low, high = (4, -8, 7) if grouped else (8, -127, 127)
+    scales_OQ1 = largest_OQ1 / low if grouped else largest_OQ1.abs() / high
     values_OQR = torch.where(scales_OQ1 == 0, 0.0, w_OQR / scales_OQ1).round().clamp(low, high)
     return Compressed(values_OQR.to(torch.int8), scales_OQ1, bits)
 
 
-def rounded(weight: Tensor, scheme: str | None, *, exact: bool = False) -> Tensor:
-    """Float32 values that the graph computes with instead of this weight; the slow twin of `matrix`."""
+def rounded(weight: Tensor, scheme: Scheme | None, *, exact: bool = False) -> Tensor:
+    """Float32 values that the graph computes with instead of this matrix; the slow twin of `matrix`."""
     weight = weight.detach()
     if scheme is not None:
         return compress(weight, scheme).matrix_OI
     return weight.float() if exact or not _fits_half(weight) else weight.half().float()
 
 
-def matrix(weight: Tensor, scheme: str | None, *, exact: bool = False) -> Any:
+def matrix(weight: Tensor, scheme: Scheme | None, *, exact: bool = False) -> Any:
     """A node of float32 (O, I) for a matrix, compressed by `scheme`; `exact` keeps float32 where it is None."""
     ov = openvino()
     op = ov.opset13
