@@ -34,7 +34,7 @@ from chiasm.parts.vision.internvit import InternViT
 __all__ = ["GRAPH_BOUND", "SERVED_BOUNDS", "Agreement", "VisionSide", "agreement", "distance"]
 
 GRAPH_BOUND = 1e-3
-SERVED_BOUNDS = {None: 0.1, 8: 0.2, 4: 0.6}
+SERVED_BOUNDS = {None: 0.1, 8: 0.2, 4: 0.8}
 """By the bits of the language model's weights."""
 
 _READ = ((8, 12), (1, 1), (1, 1), (3, 7))
@@ -124,7 +124,7 @@ def _documents(model: CausalVLM) -> tuple[list[Tensor], list[list[Tensor]]]:
     return [row.detach() for row in rows], passes
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _logits(model: CausalVLM, scheme: Scheme | None, exact: bool, *, rounding: bool) -> Tensor:
     """(T, V) logits of both documents by the PyTorch modules, each read at once without a cache."""
     decoder: Decoder = model.trunk  # type: ignore[assignment]
@@ -142,7 +142,7 @@ def _logits(model: CausalVLM, scheme: Scheme | None, exact: bool, *, rounding: b
     return hidden_TC @ weight.T
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _logits_compiled(model: CausalVLM, graphs: dict[str, Any], dtype: str | None) -> Tensor:
     """(T, V) logits of both documents by the graphs: cached, continued by single rows and by several."""
     trunk = CompiledTrunk(compile_graph(graphs["decoder"], dtype), model.trunk.rope)  # type: ignore[arg-type]
@@ -164,7 +164,7 @@ def _logits_compiled(model: CausalVLM, graphs: dict[str, Any], dtype: str | None
     return head.logits(torch.cat(pieces[0] + pieces[1]))
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _tokens(
     side: VisionSide, pixels: Tensor, scheme: Scheme | None, exact: bool, *, rounding: bool
 ) -> Tensor:
@@ -181,7 +181,7 @@ def _tokens(
     return _float(side.connect, scheme, exact, rounding)(side.compress(x_NTC[:, 1:]))[0]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _tokens_compiled(graph: Any, pixels: Tensor, dtype: str | None) -> Tensor:
     request = compile_graph(graph, dtype).create_infer_request()
     return torch.from_numpy(run_graph(request, pixels=pixels.numpy()).copy())[0]
