@@ -12,6 +12,7 @@ Legend: T rows of all documents, n rows of one, S its rows with the past, C widt
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -78,30 +79,88 @@ def run_graph(request: Any, **inputs: np.ndarray) -> np.ndarray:
     return request.infer(inputs, share_inputs=True, share_outputs=True)["out"]
 
 
+@dataclass(slots=True, eq=False)
+class _Document:
+    """One document's infer request, which holds its keys and values, and how many rows it has read."""
+
+    compiled: Any
+    length: int = 0
+    _request: Any = None
+
+    @property
+    def request(self) -> Any:
+        """Made when the document is first read."""
+        if self._request is None:
+            self._request = self.compiled.create_infer_request()
+        return self._request
+
+    def forget(self) -> None:
+        """Begin anew; the request and its buffers are used again."""
+        self.length = 0
+        if self._request is not None:
+            self._request.reset_state()
+
+
 class StateCache(KVCache):
-    """The documents being read: an infer request, which holds their keys and values, for each row of the cache."""
+    """The documents being read, each with an infer request of its own; see `KVCache` for what the methods mean."""
 
     def __init__(self, compiled: Any, slots: int = 1) -> None:
-        super().__init__(0, slots)
         self._compiled = compiled
-        self._requests: list[Any] = [None] * slots
+        self.documents = [_Document(compiled) for _ in range(slots)]
 
-    def request(self, slot: int) -> Any:
-        """The infer request of a row, made when the row is first written."""
-        if self._requests[slot] is None:
-            self._requests[slot] = self._compiled.create_infer_request()
-        return self._requests[slot]
+    @property
+    def lengths(self) -> list[int]:
+        """Cached rows of every slot."""
+        return [document.length for document in self.documents]
+
+    @property
+    def capacity(self) -> int:
+        """Rows of the longest document: OpenVINO grows each one's buffers by itself."""
+        return max(self.lengths, default=0)
+
+    def view(self, slots: Seq[int]) -> StateCache:
+        """The same documents for a pass over some of them only."""
+        part = StateCache(self._compiled, 0)
+        part.documents = [self.documents[slot] for slot in slots]
+        return part
+
+    def advance(self, segments: Segments) -> None:
+        """Count the rows in that have been read."""
+        for slot, n in zip(segments.slots, segments.lengths, strict=True):
+            self.documents[slot].length += n
 
     def restart(self, slot: int) -> None:
         """Forget the past of one document."""
-        super().restart(slot)
-        if self._requests[slot] is not None:
-            self._requests[slot].reset_state()
+        self.documents[slot].forget()
 
     def keep(self, slots: Seq[int]) -> None:
-        """Keep only these rows, in this order."""
-        super().keep(slots)
-        self._requests = [self._requests[slot] for slot in slots]
+        """Keep only these documents, in this order."""
+        self.documents = [self.documents[slot] for slot in slots]
+
+    def resize(self, keep: Seq[int], slots: int, capacity: int | None = None) -> None:
+        """The documents `keep` first, then empty ones, `slots` in all; nothing is copied."""
+        kept = [self.documents[slot] for slot in keep]
+        self.documents = kept + [_Document(self._compiled) for _ in range(slots - len(kept))]
+
+    def take(self, slot: int) -> list[tuple[Tensor, Tensor]]:
+        """A copy of one document's keys and values, (G, S, D) float32 each, for every layer."""
+        states = {state.name: state for state in self.documents[slot].request.query_state()}
+        return [
+            (_copied(states[f"keys.{i}"]), _copied(states[f"values.{i}"])) for i in range(len(states) // 2)
+        ]
+
+    def put(self, slot: int, saved: Seq[tuple[Tensor, Tensor]], rows: int) -> None:
+        """Let the document in an empty slot begin with the first `rows` rows of what `take` gave."""
+        states = {state.name: state for state in self.documents[slot].request.query_state()}
+        for i, pair in enumerate(saved):
+            for name, x_GSD in zip(("keys", "values"), pair, strict=True):
+                array = np.ascontiguousarray(x_GSD[None, :, :rows].numpy())
+                states[f"{name}.{i}"].state = openvino().Tensor(array)
+        self.documents[slot].length = rows
+
+
+def _copied(state: Any) -> Tensor:
+    return torch.from_numpy(state.state.data.copy())[0]
 
 
 class CompiledTrunk(nn.Module):
@@ -134,7 +193,9 @@ class CompiledTrunk(nn.Module):
         Raises ConfigError for a cache that is not this trunk's, and where a cached document grows past the length at
         which its rotary frequencies change (`Rope.switch`).
         """
-        states = self.new_cache(len(segments.lengths)) if cache is None else cache
+        if cache is None:
+            cache, segments = self.new_cache(len(segments.lengths)), Segments.of(segments.lengths)
+        states = cache
         if not isinstance(states, StateCache):
             raise ConfigError("the cache is not one of the openvino backend: use the model's own new_cache")
         past = states.past(segments)
@@ -146,7 +207,7 @@ class CompiledTrunk(nn.Module):
         for slot, begin, n, before in zip(
             segments.slots, segments.starts, segments.lengths, past, strict=True
         ):
-            request = states.request(slot)
+            request = states.documents[slot].request
             for at in range(begin, begin + n, CHUNK):
                 end = min(at + CHUNK, begin + n)
                 hidden_1nC = run_graph(
