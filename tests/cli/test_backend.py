@@ -87,16 +87,15 @@ def test_the_graphs_are_written_once(cache: Path, tiny: Path, monkeypatch, caplo
 def test_what_changes_makes_another_entry(cache: Path, tiny: Path, tmp_path: Path, monkeypatch) -> None:
     tiny = Path(shutil.copytree(tiny, tmp_path / "tiny"))
     chiasm.load(tiny, backend="openvino")
-    for options in ({"quantize": "int8"}, {"dtype": "float32"}):
-        chiasm.load(tiny, backend="openvino", **options)
-    assert len(entries(cache)) == 3
+    chiasm.load(tiny, backend="openvino", quantize="int8")
+    assert len(entries(cache)) == 2
     weights = min(tiny.glob("*.safetensors"))
     state = weights.stat()
     os.utime(weights, ns=(state.st_atime_ns, state.st_mtime_ns + 1))  # as if they had been written again
     chiasm.load(tiny, backend="openvino")
     monkeypatch.setattr(export, "_FORMAT", export._FORMAT + 1)
     chiasm.load(tiny, backend="openvino")
-    assert len(entries(cache)) == 5
+    assert len(entries(cache)) == 4
 
 
 @pytest.mark.parametrize("damage", ["cut", "text", "record", "words"])

@@ -1,11 +1,12 @@
 """OpenVINO graphs against our own modules: small random weights, float32, then what rounding costs.
 
-The tests of numbers need the extra `openvino`; what a user without it reads is in tests/systems/test_openvino_chat.py.
+OpenVINO comes with the extra `dev`. What users meet is in tests/cli/test_backend.py.
 """
 
 from __future__ import annotations
 
 import numpy as np
+import openvino as ov
 import pytest
 import torch
 
@@ -24,8 +25,6 @@ from chiasm.parts.vision.internvit import InternViTConfig
 from chiasm.systems.internvl.config import InternVLConfig
 from chiasm.systems.internvl.load import build_language_model
 from chiasm.systems.internvl.model import build_internvl
-
-ov = pytest.importorskip("openvino", reason="the extra openvino is not installed")
 
 C = 64
 FAMILIES = {
@@ -292,8 +291,10 @@ def test_the_words_of_quantize() -> None:
 # --- the check ------------------------------------------------------------
 
 
-@pytest.mark.parametrize("quantize", [None, "int8", "int4-32", "int8+vision-w8a8"])
-@pytest.mark.parametrize("dtype", ["float32", None])
+@pytest.mark.parametrize(
+    ("quantize", "dtype"),
+    [(None, "float32"), (None, None), ("int8", None), ("int4-32", "float32"), ("int4-32+vision-w8a8", None)],
+)
 def test_graphs_agree_with_the_model(quantize: str | None, dtype: str | None) -> None:
     model = internvl()
     options = Options(dtype=dtype, quantize=quantize)
