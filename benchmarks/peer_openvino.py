@@ -305,7 +305,8 @@ def measure(pair: Pair, python: str | None) -> dict[str, Any]:
         "versions": versions,
         "remark": f"Peer of prefill and decoding: {said}, `LLMPipeline` on a graph of the same weights, in its own "
         f"process. openvino {openvino().__version__}. CPU time, one thread. 16 bits is bf16 in PyTorch and fp16 "
-        f"weights with bf16 products in OpenVINO. Our graphs differ from the model by (graph / with rounding): {apart}.",
+        "weights with bf16 products in OpenVINO. Our graphs differ from the model by (graph / with rounding): "
+        f"{apart}.",
     }
 
 
