@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -153,6 +154,8 @@ def test_wrong_options_are_named_before_anything_is_read(tiny: Path) -> None:
         chiasm.load(tiny, backend="openvin")
     with pytest.raises(ConfigError, match="device 'cuda' does not go with the openvino backend"):
         chiasm.load(tiny, backend="openvino", device="cuda")
+    with pytest.raises(ConfigError, match=r"dtype float64 is not one .*: use float32"):
+        chiasm.load(tiny, backend="openvino", dtype=torch.float64)
     with pytest.raises(UsageError, match="use int8"):
         chiasm.load(tiny, backend="openvino", quantize="w8a8")
     assert chiasm.load(tiny, backend="torch").chat(ASK, **SHORT) == chiasm.load(tiny).chat(ASK, **SHORT)
@@ -169,6 +172,21 @@ def test_the_command_line_has_it(cache: Path, run: Run, tiny: Path, picture: Pat
     refused = run(*words, "--backend", "onnx")
     assert refused.code == 2
     assert refused.error_line == "error: backend 'onnx' is not known: use torch or openvino"
+
+
+def test_progress_is_drawn_on_a_terminal_alone(cache: Path, tiny: Path, monkeypatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal, pipe = Terminal(), io.StringIO()
+    monkeypatch.setenv("TERM", "xterm")
+    for stream, quantize in ((terminal, None), (pipe, "int8")):
+        monkeypatch.setattr(sys, "stderr", stream)
+        chiasm.load(tiny, backend="openvino", quantize=quantize)
+    assert "tiny: writing OpenVINO graphs" in terminal.getvalue()
+    assert "writing" not in pipe.getvalue()
+    assert "\x1b" not in pipe.getvalue()
 
 
 @pytest.mark.slow

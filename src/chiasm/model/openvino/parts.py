@@ -49,7 +49,7 @@ def settings(dtype: str | None) -> dict[str, Any]:
 
     Args:
         dtype: float32 computes everything in float32, as exactly as the stored weights allow; bfloat16 and float16 are
-            what to compute in where the CPU can (float32 elsewhere), and None leaves that choice to OpenVINO.
+            asked for (OpenVINO takes another where the CPU cannot), and None leaves that choice to OpenVINO.
             Unless float32 is asked for, products with compressed weights may round their inputs to int8.
     """
     found: dict[str, Any] = {

@@ -97,10 +97,14 @@ def compiled_chat(
     """
     named = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
     chosen = None if named == "auto" else named
+    if chosen not in (None, "float32", "bfloat16", "float16"):
+        raise ConfigError(f"dtype {chosen} is not one that the openvino backend computes in: use float32")
 
     def make() -> tuple[CausalVLM, VisionSide | None]:
         model = load("float32" if chosen == "float32" else None).model
         return model, vision_side(model)
 
     compiled = open_compiled(name, sources, make, Options(dtype=chosen, quantize=quantize))
-    return ChatModel(compiled_model(compiled, config), spec, name=name, deterministic=deterministic)
+    model = compiled_model(compiled, config)
+    model.quantized = quantize
+    return ChatModel(model, spec, name=name, deterministic=deterministic)
