@@ -21,7 +21,7 @@ HERE = Path(__file__).parent
 README = HERE / "README.md"
 RESULTS = HERE / "results"
 SPEED_PAGE = HERE.parent / "docs" / "speed.md"
-SPEED = ("inference", "quantized", "openvino", "batching", "attention")
+SPEED = ("inference", "quantized", "peer_openvino", "batching", "attention")
 ORDER = (*SPEED, "preprocessing", "startup", "memory", "parity")
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
 

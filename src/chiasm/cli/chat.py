@@ -151,6 +151,13 @@ def chat_command(
             "for the encoder; joined by +.",
         ),
     ] = None,
+    backend: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="torch (default), or openvino: graphs for the CPU (extra openvino), written once into the cache.",
+        ),
+    ] = None,
     deterministic: Annotated[
         bool, typer.Option("--deterministic", help="The same bits whatever else is answered with it.")
     ] = False,
@@ -195,6 +202,7 @@ def chat_command(
             dtype=dtype,
             device=device,
             quantize=quantize,
+            backend=backend,
             deterministic=deterministic,
             system=system,
             template=template,

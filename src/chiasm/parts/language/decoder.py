@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from chiasm.errors import ConfigError
 from chiasm.nn.attention import KVCache, Segments
 from chiasm.nn.block import Attention, Block, SwiGLU
 from chiasm.nn.norms import HeadNorm, RMSNorm
@@ -62,9 +61,8 @@ class Decoder(nn.Module):
         Raises ConfigError where a cached document grows past the length at which its rotary frequencies change
         (`Rope.switch`): what is cached was read with the others. The generation loop reads it again instead.
         """
-        switch = self.rope.switch
-        if cache is not None and switch is not None:
-            _refuse_crossing(switch, cache.past(segments), segments.lengths)
+        if cache is not None:
+            self.rope.refuse_crossing(cache.past(segments), segments.lengths)
         dtype = x_TC.dtype
         table = self.rope.table(pos_T, dtype, segments.lengths)
         if dtype == torch.float16:
@@ -84,15 +82,6 @@ class Decoder(nn.Module):
             x_TC = x_TC.to(weight.device)
         x_TC = self.norm(x_TC)
         return x_TC.to(dtype) if dtype == torch.float16 else x_TC
-
-
-def _refuse_crossing(switch: int, past: tuple[int, ...], new: tuple[int, ...]) -> None:
-    for cached, rows in zip(past, new, strict=True):
-        if 0 < cached <= switch < cached + rows:
-            raise ConfigError(
-                f"a document of {cached} cached tokens grows past {switch}, where its rotary factors change: "
-                "read it again from its beginning"
-            )
 
 
 def build_decoder(

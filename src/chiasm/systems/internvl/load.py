@@ -106,6 +106,7 @@ def load_folder(
     system: str | None = None,
     deterministic: bool = False,
     quantize: str | None = None,
+    backend: str | None = None,
     **tiles: Any,
 ) -> ChatModel:
     """Load a checkpoint folder (original or -hf InternVL, or a language model alone).
@@ -116,6 +117,7 @@ def load_folder(
         device: one, or several that share the decoder's layers (see `chiasm.model.placement`).
         template: chat template, where the checkpoint's own is to be overridden. system: likewise its message.
         quantize: weights to round while they are loaded, see `chiasm.model.quantize`.
+        backend: "openvino" answers through compiled graphs, which are written once; None and "torch" in PyTorch.
         tiles: fields of `TilePolicy` to override, for instance `max_tiles=6`, `resize="fast"`.
 
     Raises:
@@ -125,6 +127,20 @@ def load_folder(
     opened = open_checkpoint(folder)
     with opened.reader:
         found = outline(opened, template=template, system=system, **tiles)
+        if backend == "openvino":
+            from chiasm.model.openvino.export import sources_of
+            from chiasm.systems.internvl.openvino import compiled_chat
+
+            return compiled_chat(
+                Path(folder).name,
+                found.config,
+                found.spec,
+                sources=sources_of(Path(folder)),
+                load=lambda stored: load_folder(folder, dtype=stored, template=template, **tiles),
+                dtype=dtype,
+                quantize=quantize,
+                deterministic=deterministic,
+            )
         with torch.device("meta"):
             if isinstance(found.config, InternVLConfig):
                 model = build_internvl(found.config)

@@ -259,6 +259,7 @@ def load_mini(
     deterministic: bool = False,
     adapt: bool = True,
     quantize: str | None = None,
+    backend: str | None = None,
 ) -> ChatModel:
     """The bundled model, ready to answer; adapters are merged into the language model.
 
@@ -267,11 +268,27 @@ def load_mini(
         dtype: default float32 (small enough, and the same on every machine).
         adapt: False leaves the language model as it was (for measuring what the adapters cost it).
         quantize: weights to round, see `chiasm.model.quantize`.
+        backend: "openvino" answers through compiled graphs, which are written once; None and "torch" in PyTorch.
     """
     if folder is None:
         with as_file(files("chiasm") / "assets" / "chiasm_mini") as packaged:
             given = {"dtype": dtype, "device": device, "deterministic": deterministic}
-            return load_mini(packaged, **given, adapt=adapt, quantize=quantize)  # type: ignore[arg-type]
+            return load_mini(packaged, **given, adapt=adapt, quantize=quantize, backend=backend)  # type: ignore[arg-type]
+    if backend == "openvino":
+        from chiasm.model.openvino.export import sources_of
+        from chiasm.systems.internvl.openvino import compiled_chat
+
+        whole, spec = outline_mini(folder)
+        return compiled_chat(
+            NAME if adapt else f"{NAME}-plain",
+            whole,
+            spec,
+            sources=sources_of(Path(folder), smollm2_folder()),
+            load=lambda _: load_mini(folder, adapt=adapt),
+            dtype=dtype,
+            quantize=quantize,
+            deterministic=deterministic,
+        )
     config, state = read_bundle(folder)
     model, spec = build_mini(config)
     load_trained(model, state)
