@@ -43,7 +43,10 @@ bench: .venv/.stamp-dev
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/parity.py
 	$(BIN)/python benchmarks/inference.py
+	$(BIN)/python benchmarks/quantized.py
+	$(BIN)/python benchmarks/attention.py
 	$(BIN)/python benchmarks/batching.py
+	$(BIN)/python benchmarks/peer_openvino.py
 
 clean:
 	rm -rf .venv build dist docs/_build .pytest_cache .ruff_cache .hypothesis .import_linter_cache
