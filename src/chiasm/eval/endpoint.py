@@ -264,7 +264,7 @@ class Endpoint:
     def _connected(self, connection: http.client.HTTPConnection, deadline: float) -> socket.socket:
         """A socket to the server, its secure connection made."""
         port = connection.port if urlsplit(self.url).port or not self._secure else http.client.HTTPS_PORT
-        plain = socket.create_connection((connection.host, port), timeout=_left(deadline))
+        plain = _dialled(connection.host, port, deadline)
         if not self._secure:
             return plain
         try:
@@ -335,6 +335,17 @@ def _left(deadline: float) -> float:
     if left <= 0:
         raise TimeoutError
     return left
+
+
+def _dialled(host: str, port: int, deadline: float) -> socket.socket:
+    """A socket to whichever address of a host answers first in order; all of them share the time."""
+    failed: OSError = socket.gaierror("no address")
+    for *_, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+        try:
+            return socket.create_connection(address[:2], timeout=_left(deadline))
+        except OSError as error:
+            failed = error
+    raise failed
 
 
 class _Line:

@@ -420,12 +420,13 @@ def _answered(model: ChatModel, inputs: ModelInputs, ids: list[int]) -> torch.Te
     read = inputs.sequence
     T, more = len(read.ids_T), len(ids) - 1
     text = torch.tensor(ids[:more], dtype=torch.int64)
+    steps = torch.arange(1, more + 1, dtype=read.pos_T.dtype).reshape(-1, *[1] * (read.pos_T.dim() - 1))
     longer = replace(
         read,
         ids_T=torch.cat((read.ids_T, text)),
         kind_T=torch.cat((read.kind_T, torch.zeros(more, dtype=read.kind_T.dtype))),
         doc_T=torch.cat((read.doc_T, read.doc_T[-1:].expand(more))),
-        pos_T=torch.cat((read.pos_T, read.pos_T[-1:] + torch.arange(1, more + 1, dtype=read.pos_T.dtype))),
+        pos_T=torch.cat((read.pos_T, read.pos_T[-1:] + steps)),
         labels_T=None,
         weight_T=None,
     )
