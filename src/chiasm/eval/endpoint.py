@@ -342,7 +342,7 @@ def _dialled(host: str, port: int, deadline: float) -> socket.socket:
     failed: OSError = socket.gaierror("no address")
     for *_, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
         try:
-            return socket.create_connection(address[:2], timeout=_left(deadline))
+            return socket.create_connection((str(address[0]), port), timeout=_left(deadline))
         except OSError as error:
             failed = error
     raise failed
