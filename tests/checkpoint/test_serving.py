@@ -150,10 +150,85 @@ def test_the_decoder_must_be_named_and_known(original, tmp_path):
     llm = read_json(original / "config.json")["llm_config"]
     folder = copied(original, tmp_path, llm_config={k: v for k, v in llm.items() if k != "architectures"})
     for server in SERVERS:
-        assert any("names no architectures" in one for one in said(folder, server, "missing"))
+        assert any("no list of architectures" in one for one in said(folder, server, "missing"))
     released(tmp_path / "p", "phi3")
     assert any("no InternVL on phi3" in one for one in said(tmp_path / "p", "sglang", "refused"))
     assert not said(tmp_path / "p", "vllm", "refused")
+
+
+@pytest.mark.parametrize("named", ["Qwen2ForCausalLM", [], None])
+def test_architectures_that_are_no_list_are_written_anew(original, tmp_path, named):
+    """The remedy that is named helps, in every layout."""
+    llm = read_json(original / "config.json")["llm_config"]
+    folder = copied(original, tmp_path, llm_config={**llm, "architectures": named})
+    assert any("no list of architectures" in one for one in said(folder, "vllm", "missing"))
+    source = folder
+    for to in ("original", "hf-old", "hf"):
+        convert(source, tmp_path / to, to)
+        assert not any("architectures" in one for one in said(tmp_path / to, "vllm", "missing"))
+        source = tmp_path / to
+    path = tmp_path / "hf" / "config.json"
+    config = read_json(path)
+    config["text_config"]["architectures"] = named
+    path.write_text(json.dumps(config))
+    convert(tmp_path / "hf", tmp_path / "again", "hf-old")
+    assert read_json(tmp_path / "again" / "config.json")["text_config"]["architectures"] == [
+        "Qwen2ForCausalLM"
+    ]
+
+
+def test_templates_that_nobody_knows(original, tmp_path):
+    folder = copied(original, tmp_path, template="nonesuch")
+    assert any(
+        "names the chat template 'nonesuch', which is not known" in o for o in said(folder, "vllm", "differs")
+    )
+    (folder / "chat_template.jinja").unlink()
+    [missing] = said(folder, "vllm", "missing")
+    assert "there is no chat template: chiasm convert --template NAME writes one" in missing
+    convert(folder, tmp_path / "b", "original", template="internvl2_5")
+    assert check_serving(tmp_path / "b", "vllm").ready  # the remedy helps
+    assert not said(tmp_path / "b", "vllm", "differs")
+
+
+def test_a_stop_that_is_no_token(original, tmp_path):
+    folder = copied(original, tmp_path, template="phi3-chat")
+    [differs] = said(folder, "vllm", "differs")
+    assert "phi3-chat ends answers with '<|end|>', which is none of the tokenizer's added tokens" in differs
+    assert "--template NAME" in differs
+    assert not any("stop token" in one for one in said(folder, "vllm", "ok"))
+
+
+def test_remedies_help_all_servers_that_were_asked_for(original, tmp_path, capsys):
+    convert(original, tmp_path / "h", "hf-old")
+    dst = str(tmp_path / "x")
+    both = ["--for", "lmdeploy", "--for", "sglang"]
+    assert main(["convert", str(original), dst, "--to", "hf", *both]) == 1
+    assert "chiasm convert --to original" in capsys.readouterr().err
+    assert main(["convert", str(tmp_path / "h"), dst, *both]) == 1
+    err = capsys.readouterr().err
+    assert PYTHON in err
+    assert "--to hf-old" not in err
+
+
+def test_doctor_for_one_server(original, tmp_path, capsys):
+    convert(original, tmp_path / "h", "hf-old")
+    given = ["doctor", "--serve", str(tmp_path / "h")]
+    assert main(given) == 0
+    assert main([*given, "--for", "vllm", "--for", "lmdeploy"]) == 0
+    assert "sglang" not in capsys.readouterr().out.splitlines()[-1]
+    assert main([*given, "--for", "sglang"]) == 1
+    assert "cannot be served by sglang" in capsys.readouterr().err
+    assert main([*given, "--for", "vllm", "--for", "sglang"]) == 1
+    assert "cannot be served by sglang: sglang has no class" in capsys.readouterr().err
+    assert main(["doctor", "--for", "vllm"]) == 2
+    assert "--for belongs to --serve" in capsys.readouterr().err
+
+
+def test_doctor_serve_of_a_bundle(capsys):
+    from importlib.resources import files
+
+    assert main(["doctor", "--serve", str(files("chiasm") / "assets" / "chiasm_mini")]) == 1
+    assert "is a bundle of chiasm-mini" in capsys.readouterr().err
 
 
 def test_normalisation_and_thumbnail(original, tmp_path):

@@ -21,7 +21,7 @@ from chiasm.checkpoint.gguf import GGUFFile, llama_config, to_hf_llama
 from chiasm.checkpoint.gguf_write import GGUFTensor, write_gguf
 from chiasm.checkpoint.llamacpp import ARCHITECTURES, read_language, stored_type
 from chiasm.checkpoint.to_gguf import convert_to_gguf
-from chiasm.errors import CheckpointError, TemplateError, UsageError
+from chiasm.errors import CheckpointError, TemplateError
 from chiasm.text.gguf_words import tokenizer_to_gguf
 from chiasm.text.tokenizer import Tokenizer
 from tiny_tokenizers import byte_fallback, byte_level
@@ -186,7 +186,7 @@ def test_mmproj_values_and_the_order_of_positions(tmp_path):
     convert_to_gguf(tmp_path / "a", tmp_path / "b")
     _, tensors = native(tmp_path / "a")
     with GGUFFile(tmp_path / "b" / "mmproj-f32.gguf") as file:
-        assert file.metadata["chiasm.position_rows"] == "class_last"
+        assert file.metadata["chiasm.position_rows"] == "class-last"
         positions = tensors["embedder.vision.position_embedding"][0]
         assert torch.equal(file.tensor("v.position_embd.weight"), torch.cat((positions[1:], positions[:1])))
         assert torch.equal(file.tensor("v.class_embd"), tensors["embedder.vision.class_embedding"].flatten())
@@ -546,26 +546,6 @@ def test_divisors_of_llama3_give_its_frequencies(tmp_path):
     assert divisors.max() == pytest.approx(8.0)
 
 
-def test_folders(tmp_path):
-    write_servable(tmp_path / "a")
-    convert_to_gguf(tmp_path / "a", tmp_path / "b")
-    with pytest.raises(CheckpointError, match="not empty"):
-        convert_to_gguf(tmp_path / "a", tmp_path / "b")
-    convert_to_gguf(tmp_path / "a", tmp_path / "b", dtype="bf16", force=True)
-    assert {path.name for path in (tmp_path / "b").iterdir()} == {"model-bf16.gguf", "mmproj-bf16.gguf"}
-    write_servable(tmp_path / "c")
-    with pytest.raises(CheckpointError, match="not replaced"):
-        convert_to_gguf(tmp_path / "c", tmp_path / "a", force=True)
-    with pytest.raises(UsageError, match="holds or lies in the source"):
-        convert_to_gguf(tmp_path / "a", tmp_path / "a" / "b")
-    with pytest.raises(UsageError, match="unknown element type 'q4'"):
-        convert_to_gguf(tmp_path / "a", tmp_path / "d", dtype="q4")
-    (tmp_path / "a" / "tokenizer.json").unlink()
-    with pytest.raises(CheckpointError, match="tokenizer"):
-        convert_to_gguf(tmp_path / "a", tmp_path / "d")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c"]
-
-
 def test_reading_what_is_not_ours(tmp_path):
     write_servable(tmp_path / "a")
     convert_to_gguf(tmp_path / "a", tmp_path / "b")
@@ -598,6 +578,14 @@ def test_command(tmp_path, capsys):
     assert (tmp_path / "b" / "model-f16.gguf").is_file()
     assert main(["convert", str(tmp_path / "a"), str(tmp_path / "c"), "--to", "hf", "--dtype", "f16"]) == 2
     assert "--dtype belongs to --to gguf" in capsys.readouterr().err
+    order = ["--position-rows", "class-first"]
+    assert main(["convert", str(tmp_path / "a"), str(tmp_path / "c"), "--to", "hf", *order]) == 2
+    assert "--position-rows belongs to --to gguf" in capsys.readouterr().err
+    assert main(["convert", str(tmp_path / "a"), str(tmp_path / "p"), "--to", "gguf", *order]) == 0
+    assert (
+        "note: the encoder's position rows are in the order of llama.cpp's converter"
+        in capsys.readouterr().err
+    )
     assert (
         main(["convert", str(tmp_path / "a"), str(tmp_path / "c"), "--to", "gguf", "--vocab-size", "9"]) == 2
     )

@@ -22,8 +22,8 @@ def ours(messages):
     return out
 
 
-def answer(model, request, *, with_bytes=True):
-    """The body of a chat completion."""
+def answer(model, request, *, with_bytes=True, pieces=False):
+    """The body of a chat completion; `pieces` spells tokens as the vocabulary does, with their blanks."""
     messages = ours(request["messages"])
     reply = model.chat(messages, max_new_tokens=request["max_tokens"])
     choice = {
@@ -38,6 +38,8 @@ def answer(model, request, *, with_bytes=True):
         listed = []
         for value, index in zip(best.tolist(), ids.tolist(), strict=True):
             text = model.spec.tokenizer.decode([index], skip_special_tokens=False)
+            if pieces:
+                text = (model.spec.tokenizer.id_to_token(index) or "").replace("\u2581", " ")
             one = {"token": text, "logprob": value}
             listed.append(one | ({"bytes": list(text.encode())} if with_bytes else {}))
         choice["logprobs"] = {"content": [{**listed[0], "top_logprobs": listed}]}
@@ -48,9 +50,11 @@ def answer(model, request, *, with_bytes=True):
 class Mock:
     """What a test may turn: `model` answers; `change(body)` alters each answer; `raw(path)` replaces all of it."""
 
-    def __init__(self, model=None, *, names=("tiny",), change=None, raw=None, key=None, with_bytes=True):
+    def __init__(
+        self, model=None, *, names=("tiny",), change=None, raw=None, key=None, with_bytes=True, pieces=False
+    ):
         self.model, self.names, self.change, self.raw = model, list(names), change, raw
-        self.key, self.with_bytes = key, with_bytes
+        self.key, self.with_bytes, self.pieces = key, with_bytes, pieces
         self.requests = []
         self.lock = threading.Lock()  # one model, one thread at a time
         self.url = ""
@@ -88,7 +92,7 @@ def serving(mock):
                 self.send(200, {"data": [{"id": name, "object": "model"} for name in mock.names]})
             elif self.path == "/v1/chat/completions":
                 with mock.lock:
-                    body = answer(mock.model, request, with_bytes=mock.with_bytes)
+                    body = answer(mock.model, request, with_bytes=mock.with_bytes, pieces=mock.pieces)
                 self.send(200, mock.change(body) if mock.change else body)
             else:
                 self.send(404, {"detail": "Not Found"})

@@ -5,22 +5,23 @@ import dataclasses
 import hashlib
 import json
 import re
-import socket
-import threading
-import time
 
 import pytest
+import torch
 from PIL import Image
+from tests.checkpoint import servable
 from tests.checkpoint.servable import write_servable
+from tests.eval import mock_openai
 from tests.eval.mock_openai import Mock, serving
 
 import chiasm
 from chiasm.cli.app import main
-from chiasm.errors import ServiceError, UsageError
-from chiasm.eval.endpoint import MAX_ANSWER_BYTES, Endpoint
-from chiasm.eval.parity import compare
+from chiasm.errors import UsageError
+from chiasm.eval.endpoint import Candidate, Endpoint
+from chiasm.eval.parity import _Words, compare
 from chiasm.eval.parity_cases import drawn, of_files, standard_cases
 from chiasm.model.chat import ChatModel
+from tiny_tokenizers import byte_fallback
 
 
 @pytest.fixture(scope="module")
@@ -41,11 +42,11 @@ def cut(model, **fields):
     return changed(model, tiles=dataclasses.replace(model.spec.tiles, **fields))
 
 
-def rolled(model):
-    """Positions off by one, as an encoder that puts its class token elsewhere has them."""
+def rolled(model, by=1):
+    """Positions off by some, by one as an encoder that puts its class token elsewhere has them."""
     other = copy.deepcopy(model.model)
     positions = other.embedder.vision.position_embedding
-    positions.data = positions.data.roll(1, dims=1)
+    positions.data = positions.data.roll(by, dims=1)
     return ChatModel(other, model.spec, name=model.name)
 
 
@@ -94,9 +95,22 @@ def test_two_spellings_of_the_url_and_tokens_without_bytes(model):
         (lambda m: cut(m, mode="hf"), r"tiles: two .*gives every picture the whole limit of tiles"),
         (lambda m: changed(m, system=""), r"template: the server reads \d+ tokens fewer of text"),
         (lambda m: changed(m, template="Hermes-2"), r"template: the server reads \d+ tokens more of text"),
-        (lambda m: rolled(m), r"values: .*the text alone agrees, so the pictures' pixels"),
+        (lambda m: rolled(m), r"values: .*positions moved by one: .*--position-rows class-last\)"),
+        (lambda m: rolled(m, -1), r"values: .*positions moved by one: .*--position-rows class-first\)"),
+        (lambda m: rolled(m, 3), r"values: .*the text alone agrees, so the pictures' pixels"),
     ],
-    ids=["fewer-tiles", "more-tiles", "thumbnail", "one-tile", "budget", "system", "template", "pixels"],
+    ids=[
+        "fewer-tiles",
+        "more-tiles",
+        "thumbnail",
+        "one-tile",
+        "budget",
+        "system",
+        "template",
+        "class-first",
+        "class-last",
+        "pixels",
+    ],
 )
 def test_what_is_wrong_is_named(model, other, said):
     found = run(model, Mock(other(model)), tolerance=1e-3)
@@ -200,145 +214,213 @@ def test_a_server_that_does_not_stop(model, monkeypatch):
     assert any(one.startswith("end: the server goes on") for one in found.differences)
 
 
-# --- servers that do not answer as they should -----------------------------------------------------------------------
+# --- answers, candidates ---------------------------------------------------------------------------------------------
 
 
-def fails(match, mock=None, url=None, **options):
-    with serving(mock or Mock()) as there, pytest.raises(ServiceError, match=match) as caught:
-        Endpoint(url or there.url, **{"timeout": 5} | options).choose()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+def of_answers(alter):
+    """Changes the answers, and leaves the candidates of the first token as they are."""
+
+    def change(body):
+        [choice] = body["choices"]
+        if "logprobs" not in choice:
+            alter(choice)
+        return body
+
+    return change
 
 
-def test_nobody_there():
-    with pytest.raises(ServiceError, match="nobody listens there"):
-        Endpoint("http://127.0.0.1:9").models()
-    with pytest.raises(ServiceError, match="no host of that name"):
-        Endpoint("http://nobody.invalid").models()
+def of_candidates(alter):
+    """Changes the lists of candidates, and leaves the answers as they are."""
+
+    def change(body):
+        for one in body["choices"][0].get("logprobs", {}).get("content", []):
+            one["top_logprobs"] = alter(one["top_logprobs"])
+        return body
+
+    return change
 
 
-@pytest.mark.parametrize(
-    "url",
-    [
-        "localhost:8000",
-        "ftp://x",
-        "http://",
-        "http://x:99999",
-        "http://a b",
-        "http://u:p@x",
-        "http://x/?a=1",
-        "http://[",
-    ],
-)
-def test_no_url(url):
-    with pytest.raises(UsageError, match="URL"):
-        Endpoint(url)
+def says(text, finish=None):
+    def alter(choice):
+        choice["message"]["content"] = text
+        choice["finish_reason"] = finish or choice["finish_reason"]
+
+    return of_answers(alter)
 
 
-def test_error_codes():
-    def status(code, body=b"", headers=()):
-        return Mock(raw=lambda path, request: (code, body, headers))
+def kinds(found):
+    return [one.split(":")[0] for one in found.differences]
 
-    fails(r"answers 404: no OpenAI-compatible interface", status(404, b"<html>"))
-    fails(
-        r"answers 500: out of \[31mGPU memory: see",
-        status(500, {"error": {"message": "out of\n\x1b[31mGPU memory"}}),
+
+def test_garbage_behind_a_right_first_token_differs(model):
+    found = run(model, Mock(model, change=says("garbage garbage")))
+    assert kinds(found) == ["answers"]
+    assert "another wording of text, square, wide, tall, small, two" in found.differences[0]
+    assert run(
+        model, Mock(model, change=says("garbage garbage")), tolerance=1e3
+    ).equal  # all tokens are alike then
+
+
+def test_a_near_tie_may_part(model):
+    """The runner-up instead of the likeliest first token, and what the model would write behind it."""
+    cases = standard_cases(56, pictures=False)
+    inputs = model.inputs(cases[0].for_model())
+    values, ids = torch.log_softmax(model.logits(inputs, positions=[-1])[0], -1).topk(2)
+    text = model.spec.tokenizer.decode([ids[1].item()], skip_special_tokens=False)
+    gap = (values[0] - values[1]).item()
+    with serving(Mock(model, change=says(text + " and more"))) as mock:
+        endpoint = Endpoint(mock.url, timeout=20)
+        near = compare(model, endpoint, cases, max_new_tokens=3, tolerance=gap + 1e-3)
+        far = compare(model, endpoint, cases, max_new_tokens=3, tolerance=gap - 1e-3)
+    assert near.equal
+    assert near.cases[0].parting == "near"
+    assert kinds(far) == ["answers"]
+
+
+def test_later_tokens_are_looked_at_too(model):
+    def alter(choice):
+        text = choice["message"]["content"]
+        choice["message"]["content"] = text[: len(text) // 2] + "!?" + text[len(text) // 2 :]
+
+    assert kinds(run(model, Mock(model, change=of_answers(alter)))) == ["answers"]
+
+
+@pytest.mark.parametrize("logprobs", [True, False])
+def test_white_space_alone_never_counts(model, logprobs):
+    def change(body):
+        message = body["choices"][0]["message"]
+        message["content"] = " " + message["content"].replace(" ", "\n ") + "\n"
+        if not logprobs:
+            body["choices"][0].pop("logprobs", None)
+        return body
+
+    found = run(model, Mock(model, change=change))
+    assert found.equal, found.differences
+    assert all(case.same_answer for case in found.cases)
+
+
+def test_an_early_stop_differs(model):
+    def alter(choice):
+        choice["message"]["content"] = choice["message"]["content"][:1]
+        choice["finish_reason"] = "stop"
+
+    assert kinds(run(model, Mock(model, change=of_answers(alter)))) == ["answers"]
+
+
+def test_an_empty_answer_here_is_no_answer_that_goes_on(model, monkeypatch):
+    plain = ChatModel.chat
+
+    def silent(self, messages, images=(), **options):
+        reply = plain(self, messages, images, **options)
+        return dataclasses.replace(reply, text="", token_ids=[self.stop_ids[0]], finish="stop")
+
+    served = changed(model)
+    monkeypatch.setattr(served, "chat", lambda *a, **k: silent(served, *a, **k))
+    with serving(Mock(model)) as mock:
+        found = compare(served, Endpoint(mock.url, timeout=20), standard_cases(56, pictures=False))
+    assert kinds(found) == ["answers"]
+
+
+def test_each_case_is_judged_by_what_it_has(model):
+    """Log-probabilities of the text only, and another answer about the pictures."""
+    asked = len(model.inputs(standard_cases(56)[0].for_model()).token_ids)
+
+    def change(body):
+        if body["usage"]["prompt_tokens"] != asked:
+            body["choices"][0].pop("logprobs", None)
+            body["choices"][0]["message"]["content"] = "garbage"
+        return body
+
+    found = run(model, Mock(model, change=change))
+    assert kinds(found) == ["answers"]
+    assert (
+        "another wording of square, wide, tall, small, two, and no log-probabilities" in found.differences[0]
     )
-    fails(
-        r"redirects to http://elsewhere/, which is not followed",
-        status(302, b"", [("Location", "http://elsewhere/")]),
+    assert "no log-probabilities for square, wide, tall, small, two:" in found.remarks[0]
+
+
+def test_candidates_that_are_no_tokens_here_differ(model):
+    def alter(listed):
+        return [
+            listed[0],
+            *({"token": f"zzqx{n}", "logprob": listed[0]["logprob"] - 0.01} for n in range(19)),
+        ]
+
+    found = run(model, Mock(model, change=of_candidates(alter)))
+    assert kinds(found) == ["values"]
+    assert "'zzqx0', 'zzqx1', 'zzqx2' … unknown here" in found.differences[0]
+
+
+def test_candidates_that_the_server_leaves_out_differ(model):
+    found = run(model, Mock(model, change=of_candidates(lambda listed: [listed[0], *listed[2:]])))
+    assert kinds(found) == ["values"]
+    assert "missing there" in found.differences[0]
+    assert all(len(case.missing) == 1 and not case.unknown for case in found.cases)
+
+
+def test_few_candidates_are_remarked(model):
+    found = run(model, Mock(model, change=of_candidates(lambda listed: listed[:1])))
+    assert found.equal, found.differences  # what is less likely than the last one listed may be missing
+    assert (
+        "the server lists fewer than the 20 likeliest tokens asked for (text 1, square 1" in found.remarks[0]
     )
-    fails(r"answers 401: an API key is needed: --api-key or OPENAI_API_KEY", Mock(key="secret"))
-    said = fails(r"answers 401: an API key was refused", Mock(key="secret"), key="wrong-key")
-    assert "wrong-key" not in said
-    with serving(Mock(key="secret")) as mock:
-        assert Endpoint(mock.url, key="secret").choose() == "tiny"
 
 
-def test_broken_answers():
-    def body(content):
-        return Mock(raw=lambda path, request: (200, content))
-
-    fails(r"is not JSON \('<html>", body(b"<html>"))
-    fails(r"is not a JSON object", body(b"[1]"))
-    fails(r"has no list of models", body(b"{}"))
-    fails(r"is not JSON", body(b"[" * 100_000))
-    with serving(body(b'{"choices": []}')) as mock, pytest.raises(ServiceError, match="has no message"):
-        Endpoint(mock.url).chat("tiny", [], max_tokens=1)
+def test_all_that_is_asked_for_is_compared(model):
+    rows = model.spec.tokenizer.vocab_size
+    found = run(model, Mock(model), top=rows, tolerance=1e-4)
+    assert found.equal, found.differences
+    assert all(case.shared > rows - 10 for case in found.cases)
 
 
-def test_a_huge_answer_is_not_read():
-    started = time.monotonic()
-    fails(r"sends more than 8 MB", Mock(raw=lambda path, request: (200, b" " * (3 * MAX_ANSWER_BYTES))))
-    assert time.monotonic() - started < 5
+@pytest.mark.parametrize("pieces", [True, False], ids=["pieces", "decoded"])
+@pytest.mark.parametrize("prepend", [True, False], ids=["prepend", "plain"])
+@pytest.mark.parametrize("family", ["internlm2", "phi3"])
+def test_sentencepiece_tokens_with_and_without_a_blank(tmp_path, monkeypatch, family, prepend, pieces):
+    """`▁a` and `a` are two tokens; a server spells them apart, or decodes both to the same text."""
+    monkeypatch.setattr(servable, "tokenizer_of", lambda family: byte_fallback(prepend=prepend))
+    other = chiasm.load(write_servable(tmp_path / "m", family), device="cpu")
+    for top in (20, 200):
+        found = run(other, Mock(other, pieces=pieces), tolerance=1e-4, top=top)
+        assert found.equal, found.differences
+        assert all(case.shared >= top - 1 for case in found.cases)
 
 
-def test_a_slow_answer_is_not_waited_for():
+def test_no_token_is_found_twice():
+    tokenizer = byte_fallback(prepend=True)
+    words, rows = _Words(tokenizer), tokenizer.vocab_size
+    known = {tokenizer.id_to_token(index): index for index in range(rows)}
+    with_blank, plain = next((known["▁" + text], known[text]) for text in known if "▁" + text in known)
+    text = tokenizer.id_to_token(plain)
+    values = torch.full((rows,), -20.0)
+    values[with_blank], values[plain] = -0.3, -2.5
+    apart = [Candidate(" " + text, (" " + text).encode(), -0.3), Candidate(text, text.encode(), -2.5)]
+    assert words.find(apart, values) == [with_blank, plain]
+    alike = [Candidate(text, text.encode(), -0.3), Candidate(text, text.encode(), -2.5)]
+    assert words.find(alike, values) == [with_blank, plain]
+    more = [index for index in words.find([*alike, *alike], values) if index is not None]
+    assert len(more) == len(set(more)) < 4
+    assert words.find([Candidate("é", "é".encode(), -1.0)], values) == [known.get("é")]  # no byte E9
+
+
+def test_a_server_that_sees_no_pictures(model):
+    def blind(messages):
+        parts = [part for part in messages[0]["content"] if part["type"] == "text"]
+        return [{"role": "user", "content": parts}]
+
+    mock = Mock(model)
+    plain = mock_openai.answer
+
     def raw(path, request):
-        time.sleep(1.0)
-        return 200, {"data": []}
+        if request and not isinstance(request["messages"][0]["content"], str):
+            with mock.lock:
+                return 200, plain(model, request | {"messages": blind(request["messages"])})
+        return None
 
-    fails(r"did not answer within 0.2 s", Mock(raw=raw), timeout=0.2)
-
-
-def test_a_trickle_is_not_waited_for():
-    """Each byte comes in time, the whole never does."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    done = threading.Event()
-
-    def drip():
-        connection, _ = listener.accept()
-        connection.recv(65536)
-        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n")
-        while not done.wait(0.05):
-            try:
-                connection.sendall(b" ")
-            except OSError:
-                break
-        connection.close()
-
-    thread = threading.Thread(target=drip)
-    thread.start()
-    try:
-        with pytest.raises(ServiceError, match=r"did not answer within 0\.5 s"):
-            Endpoint(f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=0.5).models()
-    finally:
-        done.set()
-        thread.join()
-        listener.close()
-
-
-def test_models_to_choose_from():
-    fails(r"has 2 models \(a, b\): name one by --served-name", Mock(names=["a", "b"]))
-    fails(r"has 0 models \(none\)", Mock(names=[]))
-    with serving(Mock(names=["a", "b"])) as mock:
-        assert Endpoint(mock.url).choose("b") == "b"
-        with pytest.raises(ServiceError, match=r"no model 'c': it has a, b; name one"):
-            Endpoint(mock.url).choose("c")
-    with serving(Mock(raw=lambda path, request: (500, b""))) as mock:
-        assert (
-            Endpoint(mock.url).choose("c") == "c"
-        )  # it cannot list them; the name may be right all the same
-        with pytest.raises(ServiceError, match="answers 500"):
-            Endpoint(mock.url).choose()
-
-
-@pytest.mark.parametrize(
-    "logprobs",
-    [
-        None,
-        "x",
-        {"content": None},
-        {"content": [{"top_logprobs": [{"token": 1, "logprob": 0.0}, {"token": "a", "logprob": "x"}]}]},
-        {"content": [{"top_logprobs": [{"token": "a", "logprob": float("nan")}, None, 3]}]},
-    ],
-)
-def test_logprobs_that_are_none(logprobs):
-    choice = {"message": {"content": None}, "logprobs": logprobs, "finish_reason": 3}
-    body = {"choices": [choice], "usage": {"prompt_tokens": True}}
-    with serving(Mock(raw=lambda path, request: (200, body))) as mock:
-        found = Endpoint(mock.url).chat("tiny", [], max_tokens=1, top=5)
-    assert (found.text, found.finish, found.prompt_tokens, found.first) == ("", "", None, ())
+    mock.raw = raw
+    found = run(model, mock)
+    assert len(found.differences) == 1
+    assert found.differences[0].startswith("pictures: the server does not see pictures")
 
 
 # --- pictures and the command ----------------------------------------------------------------------------------------
@@ -388,3 +470,52 @@ def test_command_refuses_nonsense(folder, capsys):
     assert main(["parity", str(folder)]) == 2
     assert main(["parity", str(folder), "--against", "http://x", "--top", "0"]) == 2
     assert "at least 1" in capsys.readouterr().err
+
+
+def test_names_and_numbers_of_a_server_are_printed_plainly(folder, model, capsys):
+    common = ["--max-new-tokens", "2", "--device", "cpu"]
+    with serving(Mock(model, names=["\x1b[31mevil\x1b]0;pwn\x07"])) as mock:
+        assert main(["parity", str(folder), "--against", mock.url, *common]) == 0
+    out = capsys.readouterr().out
+    assert "evil" in out
+    assert "\x1b" not in out
+    assert "\x07" not in out
+
+    def odd(listed):
+        listed[3]["logprob"], listed[4]["logprob"] = float("-inf"), -(10**400)
+        return listed
+
+    def change(body):
+        body["choices"][0]["message"]["content"] += "\ud800"
+        return of_candidates(odd)(body)
+
+    with serving(Mock(model, names=["a\ud800"], change=change)) as mock:
+        assert main(["parity", str(folder), "--against", mock.url, "--json", *common]) == 1
+    found = json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(name))
+    assert found["served"] == "a?"
+    assert all(case["shared"] == 18 and len(case["missing"]) <= 2 for case in found["cases"])
+
+
+def test_a_key_of_the_environment_stays_on_private_lines(folder, capsys, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-ambient-key")
+    sent = []
+
+    def choose(self, wanted=None):
+        sent.append(self.key)
+        raise UsageError("enough")
+
+    monkeypatch.setattr(Endpoint, "choose", choose)
+    for url in ("http://192.0.2.1:9", "http://example.org", "https://example.org", "http://[::1]:9"):
+        assert main(["parity", str(folder), "--against", url]) == 2
+    assert sent == [None, None, "sk-ambient-key", "sk-ambient-key"]
+    err = capsys.readouterr().err
+    assert err.count("OPENAI_API_KEY is not sent over plain http to another machine") == 2
+    assert "give --api-key if it is meant" in err
+    assert main(["parity", str(folder), "--against", "http://example.org", "--api-key", "mine"]) == 2
+    assert sent[-1] == "mine"
+
+
+@pytest.mark.parametrize("timeout", ["inf", "nan", "1e12", "0", "-1"])
+def test_time_outs_that_make_no_sense(folder, capsys, timeout):
+    assert main(["parity", str(folder), "--against", "http://127.0.0.1:9", "--timeout", timeout]) == 2
+    assert "it must be positive, and a day" in capsys.readouterr().err

@@ -315,7 +315,10 @@ class InternVLPublicConfig:
         vision, vision_extras = vision_from_hf(section)
         text = _section(config, "text_config")
         llm, text_extras = _split_language(text)
-        if text_extras.get("architectures") == _architectures(llm["model_type"]):
+        named = text_extras.get("architectures")
+        if "architectures" in text_extras and (
+            named == _architectures(llm["model_type"]) or not _is_list_of_names(named)
+        ):
             del text_extras["architectures"]  # `to_hf` writes it again
         extras = {key: value for key, value in config.items() if key not in _HF_TOP}
         kept = {"vision_config": vision_extras, "text_config": text_extras}
@@ -352,7 +355,8 @@ class InternVLPublicConfig:
         vision_extras = extras.pop("vision_config", {"architectures": ["InternVisionModel"]})
         llm_extras = extras.pop("llm_config", {})
         llm = rope_keys_of_4(copy.deepcopy(self.llm))
-        llm_extras.setdefault("architectures", _architectures(llm["model_type"]))
+        if not _is_list_of_names(llm_extras.get("architectures")):
+            llm_extras["architectures"] = _architectures(llm["model_type"])
         if llm.get("model_type") in _SPELT_AS_LLAMA:
             llm_extras.setdefault("bias", False)  # the remote class takes true where the key is absent
         out: dict[str, Any] = {
@@ -548,6 +552,11 @@ def _before_conversion(kind: Any, text: Mapping[str, Any], original: dict[str, A
 def _architectures(kind: Any) -> list[str]:
     """What `architectures` of a language config says for a ``model_type``; empty for one that is not known."""
     return [architecture for architecture, known in FAMILIES.values() if known == kind]
+
+
+def _is_list_of_names(value: Any) -> bool:
+    """Whether `architectures` is what servers read: a text alone is none of it."""
+    return isinstance(value, list) and bool(value) and all(isinstance(name, str) for name in value)
 
 
 def _or(value: Any, default: Any) -> Any:

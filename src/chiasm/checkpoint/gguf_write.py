@@ -63,7 +63,13 @@ class GGUFTensor:
         return math.prod(self.shape) // values * size
 
 
-def write_gguf(path: str | Path, metadata: Mapping[str, Any], tensors: Sequence[GGUFTensor]) -> int:
+def write_gguf(
+    path: str | Path,
+    metadata: Mapping[str, Any],
+    tensors: Sequence[GGUFTensor],
+    *,
+    shown: str | Path | None = None,
+) -> int:
     """Write one GGUF file, atomically.
 
     Args:
@@ -71,6 +77,7 @@ def write_gguf(path: str | Path, metadata: Mapping[str, Any], tensors: Sequence[
         metadata: keys and values: str, bool, float (32 bit), int, or a list of one of these, which must not be empty.
             An int is a count (unsigned, 32 bit), in a list a signed number (32 bit): what llama.cpp asks for.
         tensors: in the order of the file.
+        shown: what an error calls the file; None for ``path``.
 
     Returns:
         Size of the file in bytes.
@@ -92,7 +99,7 @@ def write_gguf(path: str | Path, metadata: Mapping[str, Any], tensors: Sequence[
             size = file.tell()
         partial.replace(path)
     except OSError as error:
-        raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from error
+        raise CheckpointError(f"cannot write {shown or path}: {error.strerror or error}") from error
     finally:
         partial.unlink(missing_ok=True)
     return size

@@ -94,7 +94,7 @@ class _Piece:
 
 
 def stored_type(wanted: str, name: str, shape: tuple[int, ...]) -> str:
-    """Element type of a tensor in a file of `wanted` matrices.
+    """Element type of a tensor that would be `wanted` if it were a matrix.
 
     llama.cpp computes with vectors and norms in F32 only; Q8_0 takes whole blocks, other rows become F16.
     """
@@ -158,13 +158,13 @@ def language_notes(config: LanguageConfig) -> tuple[str, ...]:
 
 
 def language_tensors(
-    config: LanguageConfig, wanted: str, read: Callable[[Entry], Tensor]
+    config: LanguageConfig, wanted: Callable[[Entry], str], read: Callable[[Entry], Tensor]
 ) -> list[GGUFTensor]:
     """The tensors of a file, in the order of the plan.
 
     Args:
         config: the decoder.
-        wanted: element type of the matrices, a key of `FILE_TYPES`.
+        wanted: element type of a native tensor where it is a matrix, a key of `FILE_TYPES`.
         read: gives a native tensor of the plan, when its first piece is written.
     """
     out: list[GGUFTensor] = []
@@ -176,7 +176,7 @@ def language_tensors(
             pieces.append(_Piece("output.weight", 0, entry.shape[0], 0))
         for piece in pieces:
             shape = (piece.rows, *entry.shape[1:])
-            kind = stored_type(wanted, piece.name, shape)
+            kind = stored_type(wanted(entry), piece.name, shape)
             out.append(GGUFTensor(piece.name, shape, kind, _reader(held, entry, piece)))
     for name, divisors in _rope_tables(config.rope).items():
         out.append(GGUFTensor(name, tuple(divisors.shape), "F32", lambda divisors=divisors: divisors))

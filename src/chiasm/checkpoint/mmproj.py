@@ -13,14 +13,15 @@ The graph has less freedom than our encoder, and what it would compute otherwise
 
 One thing is written otherwise than by that converter. The graph appends the class token behind the patches and then
 adds the position rows in the order of the file, where the converter leaves the class token's row first: every patch
-gets its neighbour's position. Here that row is written last, so that the graph computes what the model does. Both were
-run (docs/serving.md has the numbers); `chiasm.position_rows` in the file says which order it has.
+gets its neighbour's position. Here that row is written last (`class-last`), so that the graph computes what the model
+does; `class-first` gives the converter's own bytes, for releases whose graph reads them right. Both were run
+(docs/serving.md has the numbers); `chiasm.position_rows` in the file says which order it has.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -29,12 +30,18 @@ from chiasm.checkpoint.adapters import Entry, entries
 from chiasm.checkpoint.config import InternVLPublicConfig
 from chiasm.checkpoint.gguf_write import GGUFTensor
 from chiasm.checkpoint.llamacpp import stored_type
-from chiasm.errors import CheckpointError
+from chiasm.errors import CheckpointError, UsageError
 from chiasm.media.tiles import TilePolicy
 from chiasm.parts.language.config import LanguageConfig
 from chiasm.parts.vision.internvit import InternViTConfig
 
-__all__ = ["mmproj_metadata", "mmproj_notes", "mmproj_tensors"]
+__all__ = ["POSITION_ROWS", "RELEASE", "PositionRows", "mmproj_metadata", "mmproj_notes", "mmproj_tensors"]
+
+PositionRows = Literal["class-last", "class-first"]
+POSITION_ROWS: tuple[PositionRows, ...] = get_args(PositionRows)
+
+RELEASE = "v0.5.0"
+"""Last release of llama.cpp whose graph is known to want the class token's row last."""
 
 _POSITIONS = "v.position_embd.weight"
 
@@ -60,13 +67,22 @@ _CONNECT = {"norm": 0, "fc1": 1, "fc2": 3}  # 2 is the GELU between them
 
 
 def mmproj_metadata(
-    public: InternVLPublicConfig, vision: InternViTConfig, language: LanguageConfig, policy: TilePolicy
+    public: InternVLPublicConfig,
+    vision: InternViTConfig,
+    language: LanguageConfig,
+    policy: TilePolicy,
+    position_rows: PositionRows = "class-last",
 ) -> dict[str, Any]:
     """The keys of the file, all but `general.file_type`.
 
     Raises:
         CheckpointError: llama.cpp's graph would compute something else.
+        UsageError: an unknown order of position rows.
     """
+    if position_rows not in POSITION_ROWS:
+        raise UsageError(
+            f"unknown order of position rows {position_rows!r}: use one of {', '.join(POSITION_ROWS)}"
+        )
     _check(public, vision, policy)
     tiles = (policy.min_tiles, policy.max_tiles) if policy.dynamic else (1, 1)
     return {
@@ -88,7 +104,8 @@ def mmproj_metadata(
         "clip.vision.projector.scale_factor": round(1 / public.downsample_ratio),
         "clip.vision.preproc_min_tiles": tiles[0],
         "clip.vision.preproc_max_tiles": tiles[1],
-        "chiasm.position_rows": "class_last",
+        "general.description": _positions_note(position_rows),
+        "chiasm.position_rows": position_rows,
     }
 
 
@@ -113,21 +130,36 @@ def _check(public: InternVLPublicConfig, vision: InternViTConfig, policy: TilePo
         )
 
 
-def mmproj_notes(policy: TilePolicy) -> tuple[str, ...]:
-    """How llama.cpp cuts pictures otherwise than the model; one sentence each."""
+def mmproj_notes(policy: TilePolicy, position_rows: PositionRows = "class-last") -> tuple[str, ...]:
+    """The order of the position rows, and how llama.cpp cuts pictures otherwise than the model; one sentence each."""
+    notes = (_positions_note(position_rows),)
     if policy.dynamic and policy.max_tiles > 1 and not policy.thumbnail:
-        return ("llama.cpp always adds an overview of a picture that it cuts; the source does not",)
-    return ()
+        return (*notes, "llama.cpp always adds an overview of a picture that it cuts; the source does not")
+    return notes
+
+
+def _positions_note(position_rows: PositionRows) -> str:
+    if position_rows == "class-last":
+        return (
+            f"the encoder's position rows are written for llama.cpp up to {RELEASE} (class token last); for a release "
+            "whose graph is fixed, or another program: --position-rows class-first"
+        )
+    return (
+        "the encoder's position rows are in the order of llama.cpp's converter (class token first); its graph up to "
+        f"{RELEASE} needs the other: --position-rows class-last"
+    )
 
 
 def mmproj_tensors(
     vision: InternViTConfig,
     language: LanguageConfig,
     downsample_ratio: float,
-    wanted: str,
+    wanted: Callable[[Entry], str],
     read: Callable[[Entry], Tensor],
+    position_rows: PositionRows = "class-last",
 ) -> list[GGUFTensor]:
-    """The tensors of the file; `read` gives a native tensor of the plan, `wanted` is the matrices' element type."""
+    """The tensors of the file; `read` gives a native tensor of the plan, `wanted` its element type as a matrix."""
+    last = position_rows == "class-last"
     out: list[GGUFTensor] = []
     for entry in entries(language=language, vision=vision, downsample_ratio=downsample_ratio):
         if not entry.native.startswith(("embedder.vision.", "embedder.connect.")):
@@ -139,7 +171,12 @@ def mmproj_tensors(
         for name, count in zip(names, rows, strict=True):
             size = (count, *shape[1:])
             out.append(
-                GGUFTensor(name, size, _type(wanted, name, size), _reader(entry, read, shape, first, count))
+                GGUFTensor(
+                    name,
+                    size,
+                    _type(wanted(entry), name, size),
+                    _reader(entry, read, shape, first, count, last),
+                )
             )
             first += count
     return out
@@ -162,11 +199,16 @@ def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _reader(
-    entry: Entry, read: Callable[[Entry], Tensor], shape: tuple[int, ...], first: int, count: int
+    entry: Entry,
+    read: Callable[[Entry], Tensor],
+    shape: tuple[int, ...],
+    first: int,
+    count: int,
+    class_last: bool,
 ) -> Callable[[], Tensor]:
     def read_rows() -> Tensor:
         rows = read(entry).reshape(shape)[first : first + count]
-        if entry.native == "embedder.vision.position_embedding":
+        if class_last and entry.native == "embedder.vision.position_embedding":
             return torch.cat((rows[1:], rows[:1]))
         return rows
 

@@ -108,15 +108,21 @@ def layout_for(servers: tuple[Server, ...]) -> Layout:
     return next(layout for layout in first if all(layout in _LAYOUTS[server] for server in servers))
 
 
-def check_serving(folder: str | Path, server: Server) -> Readiness:
+def check_serving(folder: str | Path, server: Server, together: tuple[Server, ...] = ()) -> Readiness:
     """Hold a checkpoint folder against what a server needs; names and small files are read, no weights.
+
+    Args:
+        folder: the checkpoint.
+        server: which one.
+        together: all servers that shall read the folder, so that a remedy helps them all; () for this one alone.
 
     Raises:
         UsageError: an unknown server.
         CheckpointError: the folder is not an InternVL checkpoint, or a file in it is malformed.
         ConfigError: its config asks for what InternVL does not do.
     """
-    layout_for((server,))
+    together = together or (server,)
+    layout_for((server, *together))
     folder = Path(folder)
     with CheckpointReader(folder) as reader:
         config = reader.config
@@ -127,25 +133,25 @@ def check_serving(folder: str | Path, server: Server) -> Readiness:
         layout = detect_layout(config, reader.keys())
     original = layout == "original"
     public = (InternVLPublicConfig.from_original if original else InternVLPublicConfig.from_hf)(config)
-    found = [*_layout(server, layout), *_decoder(server, config, public, layout)]
+    found = [*_layout(server, layout, together), *_decoder(server, config, public, layout)]
     if layout != "text":
         policy = read_tile_policy(folder, public, layout)
         found += _words(folder, public, layout, server)
-        found += _processors(folder) if layout != "original" else _python(folder, config, server)
+        found += _processors(folder) if layout != "original" else _python(folder, config, server, together)
         if layout in _LAYOUTS[server]:
             found += _pictures(server, layout, public, policy)
             found += _encoder(server, layout, config, public)
     return Readiness(server=server, layout=layout, findings=tuple(found))
 
 
-def _layout(server: Server, layout: str) -> Iterator[Finding]:
+def _layout(server: Server, layout: str, together: tuple[Server, ...]) -> Iterator[Finding]:
     if layout in _LAYOUTS[server]:
         yield Finding("ok", f"the {layout} layout")
         return
     yield Finding(
         "refused",
         f"{server} has no class that reads the names of the {layout} layout",
-        f"chiasm convert --to {_LAYOUTS[server][0]}",
+        f"chiasm convert --to {layout_for(together)}",
     )
 
 
@@ -159,8 +165,10 @@ def _decoder(
         yield Finding(
             "refused", f"{server} has no InternVL on {family}", f"it has {', '.join(_DECODERS[server])}"
         )
-    elif not (isinstance(names, list) and names):
-        yield Finding("missing", "the language config names no architectures", "chiasm convert writes them")
+    elif not (isinstance(names, list) and names and isinstance(names[0], str)):
+        yield Finding(
+            "missing", "the language config has no list of architectures", "chiasm convert writes one"
+        )
     else:
         yield Finding("ok", f"decoder {names[0]}")
 
@@ -193,20 +201,46 @@ def _words(folder: Path, public: InternVLPublicConfig, layout: str, server: Serv
     elif has_template(folder):
         yield Finding("ok", "chat template")
     else:
-        yield Finding("missing", "there is no chat template", "chiasm convert writes one")
+        yield Finding("missing", "there is no chat template", _template_remedy(public))
+    yield _end(folder, public, known)
+
+
+def _template_remedy(public: InternVLPublicConfig) -> str:
+    """What brings a chat template: converting does where the config names one that can be written."""
     template = TEMPLATES.get(public.template or "internvl2_5")
-    stop = known.get(template.stop) if template else None
+    if template is not None and not template.by_exchange:
+        return "chiasm convert writes one"
+    known = ", ".join(name for name, one in TEMPLATES.items() if not one.by_exchange)
+    return f"chiasm convert --template NAME writes one (config.json names {public.template!r}; NAME is of {known})"
+
+
+def _end(folder: Path, public: InternVLPublicConfig, known: dict[str, int]) -> Finding:
+    """Whether an answer ends where the chat format ends it."""
+    template = TEMPLATES.get(public.template or "internvl2_5")
+    if template is None:
+        return Finding(
+            "differs",
+            f"config.json names the chat template {public.template!r}, which is not known: nothing says what ends an "
+            "answer",
+            _template_remedy(public),
+        )
+    stop = known.get(template.stop)
+    if stop is None:
+        return Finding(
+            "differs",
+            f"the chat template {template.name} ends answers with {template.stop!r}, which is none of the tokenizer's "
+            "added tokens",
+            "chiasm convert --template NAME notes the template that the model was trained with",
+        )
     path = folder / GENERATION
     ends = read_json(path).get("eos_token_id") if path.is_file() else None
-    ends = ends if isinstance(ends, list) else [ends]
-    if template is not None and stop is not None and stop not in ends:
-        yield Finding(
+    if stop not in (ends if isinstance(ends, list) else [ends]):
+        return Finding(
             "differs",
             f"{GENERATION} does not end answers at {template.stop!r} ({stop})",
             "chiasm convert writes it",
         )
-    else:
-        yield Finding("ok", "answers end at the chat's stop token")
+    return Finding("ok", "answers end at the chat's stop token")
 
 
 def _processors(folder: Path) -> Iterator[Finding]:
@@ -225,7 +259,9 @@ def _processors(folder: Path) -> Iterator[Finding]:
         yield Finding("ok", f"processor files {', '.join(there)}")
 
 
-def _python(folder: Path, config: dict[str, Any], server: Server) -> Iterator[Finding]:
+def _python(
+    folder: Path, config: dict[str, Any], server: Server, together: tuple[Server, ...]
+) -> Iterator[Finding]:
     """The files that `auto_map` names for the config; SGLang has classes of its own."""
     if server == "sglang":
         yield Finding("ok", "no Python files needed: the server has its own config classes")
@@ -238,7 +274,12 @@ def _python(folder: Path, config: dict[str, Any], server: Server) -> Iterator[Fi
             "missing",
             f"{server} reads the original layout with the release's own Python files, and {module or 'auto_map'} is "
             "not here",
-            "copy the release's *.py files beside config.json (they are run), or chiasm convert --to hf-old",
+            "copy the release's *.py files beside config.json (they are run)"
+            + (
+                ""
+                if layout_for(together) == "original"
+                else f", or chiasm convert --to {layout_for(together)}"
+            ),
         )
     else:
         yield Finding("ok", f"{module}, to be run with --trust-remote-code")

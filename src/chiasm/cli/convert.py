@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from chiasm.cli.serving import note_serving
+from chiasm.cli.serving import ServerName, note_serving
 from chiasm.cli.terminal import note, waiting
 from chiasm.errors import CheckpointError, UsageError
 
@@ -36,12 +36,11 @@ class Layout(StrEnum):
     BUNDLE = "bundle"
 
 
-class ServerName(StrEnum):
-    """The servers of `chiasm.checkpoint.serving`, whose import would be paid for by every command's help."""
+class PositionOrder(StrEnum):
+    """Where the class token's position stands in an mmproj file."""
 
-    VLLM = "vllm"
-    SGLANG = "sglang"
-    LMDEPLOY = "lmdeploy"
+    CLASS_LAST = "class-last"
+    CLASS_FIRST = "class-first"
 
 
 class MatrixType(StrEnum):
@@ -89,7 +88,15 @@ def convert_command(
     ] = None,
     dtype: Annotated[
         MatrixType | None,
-        typer.Option(metavar="TYPE", help="Of --to gguf: f32, f16, bf16 or q8_0; default: as stored."),
+        typer.Option(metavar="TYPE", help="Of --to gguf: f32, f16, bf16 or q8_0; default: each as stored."),
+    ] = None,
+    position_rows: Annotated[
+        PositionOrder | None,
+        typer.Option(
+            metavar="ORDER",
+            help="Of --to gguf: class-last (default; llama.cpp up to v0.5.0 computes right with it) or class-first (as "
+            "its converter writes: releases whose graph is fixed, other programs).",
+        ),
     ] = None,
     language: Annotated[
         Path | None,
@@ -113,7 +120,10 @@ def convert_command(
         ),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of what is drawn anew.")] = 0,
-    force: Annotated[bool, typer.Option("--force", help="Replace DST if it is a checkpoint.")] = False,
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Replace DST if it is a checkpoint, or GGUF files of this command."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as one JSON object.")] = False,
 ) -> None:
     """Write an InternVL checkpoint in another public layout.
@@ -133,6 +143,8 @@ def convert_command(
         raise UsageError("say what to write: --to LAYOUT, or --for SERVER")
     if dtype is not None and to is not Layout.GGUF:
         raise UsageError("--dtype belongs to --to gguf: the other layouts keep the weights as they are")
+    if position_rows is not None and to is not Layout.GGUF:
+        raise UsageError("--position-rows belongs to --to gguf: it is an order of llama.cpp's files")
     if to in (Layout.BUNDLE, Layout.GGUF, *_PARTS):
         if to is Layout.GGUF:
             del changes["template"]  # the one change that a GGUF file has a place for
@@ -162,7 +174,14 @@ def convert_command(
         elif to is Layout.GGUF:
             from chiasm.checkpoint.to_gguf import convert_to_gguf
 
-            report = convert_to_gguf(src, dst, dtype=dtype, template=template, force=force)
+            report = convert_to_gguf(
+                src,
+                dst,
+                dtype=dtype,
+                template=template,
+                position_rows=(position_rows or PositionOrder.CLASS_LAST).value,
+                force=force,
+            )
         else:
             report = convert(
                 src,
@@ -205,7 +224,9 @@ def _verifier(servers: list[ServerName]) -> Callable[[Path], None]:
         from chiasm.checkpoint.serving import RELEASES, check_serving
 
         for server in servers:
-            wrong = check_serving(made, server.value).of("refused", "missing")
+            together = tuple(one.value for one in servers)
+            found = check_serving(made, server.value, together)  # type: ignore[arg-type]
+            wrong = found.of("refused", "missing")
             if wrong:
                 raise CheckpointError(
                     f"nothing was written, for {server.value} {RELEASES[server.value]} could not serve it: {wrong[0]}"

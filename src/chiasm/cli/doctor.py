@@ -20,6 +20,7 @@ from typing import Annotated, Any
 import typer
 
 from chiasm import __version__
+from chiasm.cli.serving import ServerName
 from chiasm.cli.terminal import note, paint, waiting
 from chiasm.errors import CheckpointError, UsageError
 
@@ -63,6 +64,14 @@ def doctor_command(
             "missing.",
         ),
     ] = None,
+    servers: Annotated[
+        list[ServerName] | None,
+        typer.Option(
+            "--for",
+            metavar="SERVER",
+            help="--serve for vllm, sglang or lmdeploy alone (repeatable): exit status 0 only if all of these can.",
+        ),
+    ] = None,
     device: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="Where --verify runs the model: cpu, cuda, cuda:1, mps."),
@@ -75,8 +84,8 @@ def doctor_command(
 ) -> None:
     """Examine this installation, or a released checkpoint.
 
-    Exit status 1, and the remedy, if the bundled model cannot run, the checkpoint is not verified, or no server could
-    read the folder.
+    Exit status 1, and the remedy, if the bundled model cannot run, the checkpoint is not verified, or no server (with
+    --for: not each of these) could read the folder.
     """
     if serve is not None:
         if fetch or verify is not None:
@@ -84,8 +93,16 @@ def doctor_command(
         from chiasm.checkpoint.serving import SERVERS
         from chiasm.cli.serving import report_serving
 
-        report_serving(serve, SERVERS, as_json=as_json)
+        asked = tuple(dict.fromkeys(one.value for one in servers or ()))
+        report_serving(
+            serve,
+            asked or SERVERS,  # type: ignore[arg-type]
+            as_json=as_json,
+            all_of_them=bool(asked),
+        )
         return
+    if servers:
+        raise UsageError("--for belongs to --serve FOLDER: it says which servers shall read it")
     if verify is not None:
         if fetch:
             raise UsageError("--verify and --fetch exclude each other")

@@ -58,7 +58,10 @@ def parity_command(
     timeout: Annotated[float, typer.Option(help="Seconds for one answer of the server.")] = 120.0,
     api_key: Annotated[
         str | None,
-        typer.Option(metavar="KEY", help=f"Sent to the server; default: {_KEY} of the environment."),
+        typer.Option(
+            metavar="KEY",
+            help=f"Sent to the server; default: {_KEY} of the environment, over https or to this machine only.",
+        ),
     ] = None,
     template: Annotated[
         str | None, typer.Option(metavar="NAME", help="Chat template of the model here, see chiasm list.")
@@ -86,8 +89,16 @@ def parity_command(
     """
     from chiasm.eval.endpoint import Endpoint
 
-    key = api_key if api_key is not None else os.environ.get(_KEY) or None
-    endpoint = Endpoint(against, key=key, timeout=timeout)
+    endpoint = Endpoint(against, key=api_key, timeout=timeout)
+    ambient = os.environ.get(_KEY) or None
+    if api_key is None and ambient is not None:
+        if endpoint.private:
+            endpoint = Endpoint(against, key=ambient, timeout=timeout)
+        else:
+            note(
+                f"{_KEY} is not sent over plain http to another machine, where it could be read on the way: give "
+                "--api-key if it is meant for this server"
+            )
     if top < 1 or max_new_tokens < 1 or not tolerance >= 0:
         raise UsageError("--top and --max-new-tokens must be at least 1, --tolerance at least 0")
     with waiting(f"asking {against}"):
@@ -114,7 +125,7 @@ def parity_command(
             max_new_tokens=max_new_tokens,
         )
     if as_json:
-        print(json.dumps(found.to_dict(), ensure_ascii=False))
+        print(json.dumps(found.to_dict(), ensure_ascii=False, allow_nan=False))
     else:
         _print(found)
     if not found.equal:
@@ -131,14 +142,15 @@ def _print(found: Comparison) -> None:
     for row in rows:
         print("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
     for remark in found.remarks:
-        note(remark)
+        note(plain_text(remark))
     for case in found.cases:
         if not case.same_answer:
             print(f"{case.name}: model {_quoted(case.answer)}, server {_quoted(case.server_answer)}")
     for difference in found.differences:
         print(f"{paint('differs', 'red')}: {plain_text(difference)}")
     if found.equal:
-        print(f"{paint('equal', 'green')}: {found.served} at {found.server} within {found.tolerance:g}")
+        served = plain_text(found.served)
+        print(f"{paint('equal', 'green')}: {served} at {found.server} within {found.tolerance:g}")
 
 
 def _row(case: CaseResult) -> tuple[str, ...]:
@@ -151,7 +163,6 @@ def _row(case: CaseResult) -> tuple[str, ...]:
         return "-" if value is None else f"{value:.2g}"
 
     top = "-" if case.same_top is None else "same" if case.same_top else "another"
-    answer = "same" if case.same_answer else "goes on" if case.ends_apart else "another"
     return (
         case.name,
         both(case.tokens, case.server_tokens),
@@ -160,7 +171,7 @@ def _row(case: CaseResult) -> tuple[str, ...]:
         str(case.shared),
         number(case.largest),
         number(case.mean),
-        answer,
+        case.parting,
     )
 
 

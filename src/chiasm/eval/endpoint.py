@@ -2,14 +2,15 @@
 
 Source: the public HTTP interface that vLLM, SGLang, LMDeploy and llama.cpp's server share (`/v1/models`,
 `/v1/chat/completions` with `logprobs`). Nothing that a server sends is trusted: redirects are not followed (a key must
-not travel elsewhere), answers are read up to a limit and within the time, and of its JSON only what has the expected
-type is taken.
+not travel elsewhere), each byte of an answer (headers, chunk sizes and trailers too) counts against a limit and comes
+within the time, of its JSON only what has the expected type is taken, and a key that it repeats is not shown.
 """
 
 from __future__ import annotations
 
-import contextlib
 import http.client
+import io
+import ipaddress
 import json
 import math
 import socket
@@ -18,16 +19,22 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from chiasm.errors import ServiceError, UsageError
 
-__all__ = ["MAX_ANSWER_BYTES", "Candidate", "Completion", "Endpoint", "Refused"]
+__all__ = ["MAX_ANSWER_BYTES", "MAX_TIMEOUT", "Candidate", "Completion", "Endpoint", "Refused"]
 
 MAX_ANSWER_BYTES = 8 << 20
-"""Longest answer that is read; one with twenty alternatives a token takes some kilobytes."""
+"""Longest answer that is read, headers included; one with twenty alternatives a token takes some kilobytes."""
+
+MAX_TIMEOUT = 86_400.0
+"""Longest time-out in seconds: a day, which every clock and socket can count."""
 
 _SHOWN = 200  # characters of a server's own words in an error
+_LEAST_KEY = (
+    8  # a shorter key is no secret, and its letters would be blanked out of answers that are compared
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,11 +98,29 @@ class Endpoint:
             )
         if not all(33 <= ord(c) < 127 for c in parts.netloc + parts.path + (self.key or "")):
             raise UsageError("the URL or the key has a character that cannot be sent: check for line ends")
-        if not self.timeout > 0:
-            raise UsageError(f"a time-out of {self.timeout} s: it must be positive")
+        try:
+            parts.hostname.encode("idna")
+        except UnicodeError:
+            raise UsageError(
+                f"{self.url[:_SHOWN]!r} is no URL of a server (labels of a host have 1 to 63 characters): {remedy}"
+            ) from None
+        if not 0 < self.timeout <= MAX_TIMEOUT:
+            raise UsageError(
+                f"a time-out of {self.timeout:g} s: it must be positive, and a day ({MAX_TIMEOUT:g}) at most"
+            )
         self._secure, self._host = parts.scheme == "https", parts.netloc
         path = parts.path.rstrip("/")
         self._base = path if path.endswith("/v1") else path + "/v1"
+
+    @property
+    def private(self) -> bool:
+        """Whether nobody between here and the server can read along: https, or this very machine."""
+        name = urlsplit(self.url).hostname or ""
+        try:
+            here = ipaddress.ip_address(name).is_loopback
+        except ValueError:
+            here = name == "localhost" or name.endswith(".localhost")
+        return self._secure or here
 
     def models(self) -> list[str]:
         """Names of the models that the server has.
@@ -107,7 +132,9 @@ class Endpoint:
         listed = answer.get("data")
         if not isinstance(listed, list):
             raise self._strange("/models", "has no list of models")
-        return [one["id"] for one in listed if isinstance(one, dict) and isinstance(one.get("id"), str)]
+        return [
+            _whole(one["id"]) for one in listed if isinstance(one, dict) and isinstance(one.get("id"), str)
+        ]
 
     def choose(self, wanted: str | None = None) -> str:
         """The model to ask: the one wanted, or the only one there is.
@@ -127,7 +154,7 @@ class Endpoint:
             return names[0]
         if wanted is not None and wanted in names:
             return wanted
-        shown = ", ".join(map(_plain, names[:10])) or "none"
+        shown = ", ".join(map(self._shown, names[:10])) or "none"
         if wanted is not None:
             raise ServiceError(
                 f"{self.url} has no model {wanted!r}: it has {shown}; name one by --served-name"
@@ -168,9 +195,9 @@ class Endpoint:
         count = usage.get("prompt_tokens") if isinstance(usage, dict) else None
         finish = choice.get("finish_reason")
         return Completion(
-            text=text if isinstance(text, str) else "",
+            text=_whole(text) if isinstance(text, str) else "",
             finish=finish if isinstance(finish, str) else "",
-            prompt_tokens=count if isinstance(count, int) and not isinstance(count, bool) else None,
+            prompt_tokens=count if type(count) is int and 0 <= count < 1 << 31 else None,
             first=_candidates(choice.get("logprobs")) if top else (),
         )
 
@@ -189,12 +216,18 @@ class Endpoint:
         if body is not None:
             sent = json.dumps(body).encode()
             headers["Content-Type"] = "application/json"
-        kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
-        connection = kind(self._host, timeout=self.timeout)
+        connection = http.client.HTTPConnection(self._host)
+        line = None
         try:
+            line = _Line(self._connected(connection, deadline), deadline)
+            connection.sock = line  # type: ignore[assignment]
             connection.request(method, self._base + path, sent, headers)
             with connection.getresponse() as response:
-                raw = self._read(response, connection.sock, deadline)
+                raw = _body(response)
+        except _TooMuch:
+            raise ServiceError(
+                f"{self.url} sends more than {MAX_ANSWER_BYTES >> 20} MB for one answer: it was not read further"
+            ) from None
         except TimeoutError:
             raise ServiceError(
                 f"{self.url} did not answer within {self.timeout:g} s: is the model loaded? (--timeout)"
@@ -203,49 +236,62 @@ class Endpoint:
             raise ServiceError(
                 f"{self.url}: nobody listens there: start the server, or correct host and port"
             ) from None
-        except socket.gaierror:
+        except (socket.gaierror, UnicodeError):
             raise ServiceError(f"{self.url}: there is no host of that name: correct it") from None
         except ssl.SSLError as error:
             raise ServiceError(
-                f"{self.url}: no secure connection ({error.reason or error}): is it http:// instead?"
+                f"{self.url}: no secure connection ({self._shown(str(error.reason or error))}): is it http:// instead?"
             ) from None
         except (OSError, http.client.HTTPException) as error:
             said = getattr(error, "strerror", None) or str(error) or type(error).__name__
             raise ServiceError(
-                f"{self.url} broke the connection off ({_plain(said)}): see the server's log"
+                f"{self.url} broke the connection off ({self._shown(said)}): see the server's log"
             ) from None
         finally:
-            connection.close()
+            if line is not None:
+                line.hang_up()
         self._check_status(response, path, raw)
         try:
-            answer = json.loads(raw)
+            answer = self._without_key(json.loads(raw))
         except (ValueError, RecursionError):
-            raise self._strange(
-                path, f"is not JSON ({_plain(raw[:40].decode('utf-8', 'replace'))!r})"
-            ) from None
+            # Blanked before it is cut, so that no half of a key is left.
+            said = self._shown(raw[: 4 * _SHOWN].decode("utf-8", "replace"))
+            raise self._strange(path, f"is not JSON ({said[:40]!r})") from None
         if not isinstance(answer, dict):
             raise self._strange(path, "is not a JSON object")
         return answer
 
-    def _read(self, response: http.client.HTTPResponse, sock: socket.socket | None, deadline: float) -> bytes:
-        """The body, within size and time: a server that sends a byte a minute is not waited for."""
-        parts, size = [], 0
-        while True:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise TimeoutError
-            # With `Connection: close` the response holds the socket and the connection may not.
-            with contextlib.suppress(OSError, AttributeError):
-                (sock or response.fp.raw._sock).settimeout(left)  # type: ignore[union-attr]
-            part = response.read1(1 << 16)
-            if not part:
-                return b"".join(parts)
-            parts.append(part)
-            size += len(part)
-            if size > MAX_ANSWER_BYTES:
-                raise ServiceError(
-                    f"{self.url} sends more than {MAX_ANSWER_BYTES >> 20} MB for one answer: it was not read further"
-                )
+    def _connected(self, connection: http.client.HTTPConnection, deadline: float) -> socket.socket:
+        """A socket to the server, its secure connection made."""
+        port = connection.port if urlsplit(self.url).port or not self._secure else http.client.HTTPS_PORT
+        plain = _dialled(connection.host, port, deadline)
+        if not self._secure:
+            return plain
+        try:
+            plain.settimeout(_left(deadline))
+            return ssl.create_default_context().wrap_socket(plain, server_hostname=connection.host)
+        except BaseException:
+            plain.close()
+            raise
+
+    def _shown(self, text: str) -> str:
+        """A stretch of foreign text that may stand in an error line; without the key, should the server repeat it."""
+        if self.key:
+            for spelled in (self.key, quote(self.key, safe=""), quote(self.key)):
+                text = text.replace(spelled, "***")
+        return _plain(text)
+
+    def _without_key(self, value: Any) -> Any:
+        """JSON of the server whose texts do not repeat the key, for they are shown and written."""
+        if self.key is None or len(self.key) < _LEAST_KEY:
+            return value
+        if isinstance(value, str):
+            return value.replace(self.key, "***")
+        if isinstance(value, list):
+            return [self._without_key(one) for one in value]
+        if isinstance(value, dict):
+            return {name: self._without_key(one) for name, one in value.items()}
+        return value
 
     def _check_status(self, response: http.client.HTTPResponse, path: str, raw: bytes) -> None:
         status = response.status
@@ -253,18 +299,19 @@ class Endpoint:
             return
         place = f"{self.url} ({self._base}{path})"
         if 300 <= status < 400:
-            to = _plain(response.getheader("Location") or "elsewhere")
+            to = self._shown(response.getheader("Location") or "elsewhere")
             raise ServiceError(
                 f"{place} redirects to {to}, which is not followed: give that URL if it is meant"
             )
         if status in (401, 403):
             how = "was refused" if self.key else "is needed"
             raise ServiceError(f"{place} answers {status}: an API key {how}: --api-key or OPENAI_API_KEY")
+        said = self._shown(_complaint(raw))
         if status == 404:
+            told = f" ({said})" if said else ""
             raise ServiceError(
-                f"{place} answers 404: no OpenAI-compatible interface there, or no such model: correct the URL"
+                f"{place} answers 404{told}: no OpenAI-compatible interface there, or no such model: correct the URL"
             )
-        said = _complaint(raw)
         raise Refused(
             f"{place} answers {status}{': ' + said if said else ''}: see the server's log", said=said
         )
@@ -278,6 +325,86 @@ class Refused(ServiceError):
         self.said = said
 
 
+class _TooMuch(Exception):
+    """An answer of more than `MAX_ANSWER_BYTES`."""
+
+
+def _left(deadline: float) -> float:
+    """Seconds until then; TimeoutError where there are none."""
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError
+    return left
+
+
+def _dialled(host: str, port: int, deadline: float) -> socket.socket:
+    """A socket to whichever address of a host answers first in order; all of them share the time."""
+    failed: OSError = socket.gaierror("no address")
+    for *_, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+        try:
+            return socket.create_connection((str(address[0]), port), timeout=_left(deadline))
+        except OSError as error:
+            failed = error
+    raise failed
+
+
+class _Line:
+    """A connection as `http.client` uses it, whose every read is within the time and is counted.
+
+    `http.client` reads status lines, headers, chunk sizes and trailers without end where a server sends them so; each
+    of these comes through `makefile`'s reader.
+    """
+
+    def __init__(self, sock: socket.socket, deadline: float) -> None:
+        self._sock, self._deadline = sock, deadline
+
+    def sendall(self, data: bytes) -> None:
+        self._sock.settimeout(_left(self._deadline))
+        self._sock.sendall(data)
+
+    def makefile(self, mode: str) -> io.BufferedReader:
+        return io.BufferedReader(_Reader(self._sock, self._deadline))
+
+    def close(self) -> None:
+        """Asked for when the answer's headers are read; its body still comes."""
+
+    def hang_up(self) -> None:
+        self._sock.close()
+
+
+class _Reader(io.RawIOBase):
+    """What comes from a socket until the deadline, `MAX_ANSWER_BYTES` at most."""
+
+    def __init__(self, sock: socket.socket, deadline: float) -> None:
+        self._sock, self._deadline, self._count = sock, deadline, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        self._sock.settimeout(_left(self._deadline))
+        size = self._sock.recv_into(buffer)
+        self._count += size
+        if self._count > MAX_ANSWER_BYTES:
+            raise _TooMuch
+        return size
+
+
+def _body(response: http.client.HTTPResponse) -> bytes:
+    """The whole body; IncompleteRead where the server had announced more."""
+    parts = []
+    while part := response.read1(1 << 16):
+        parts.append(part)
+    if response.length:
+        raise http.client.IncompleteRead(b"", response.length)
+    return b"".join(parts)
+
+
+def _whole(text: str) -> str:
+    """Text without halves of surrogate pairs, which JSON can spell and nothing can print."""
+    return text.encode("utf-8", "replace").decode()
+
+
 def _complaint(raw: bytes) -> str:
     """The server's own words, from whichever place they use for them."""
     try:
@@ -287,8 +414,8 @@ def _complaint(raw: bytes) -> str:
     error = answer.get("error", answer) if isinstance(answer, dict) else answer
     for key in ("message", "detail"):
         if isinstance(error, dict) and isinstance(error.get(key), str):
-            return _plain(error[key])
-    return _plain(error) if isinstance(error, str) else ""
+            return error[key]
+    return error if isinstance(error, str) else ""
 
 
 def _plain(text: str) -> str:
@@ -307,10 +434,13 @@ def _candidates(logprobs: Any) -> tuple[Candidate, ...]:
         if not isinstance(one, dict) or not isinstance(one.get("token"), str):
             continue
         value = one.get("logprob")
-        if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        # An impossible token has no difference to any other; JSON has no number for it either.
+        if not (math.isfinite(value) if isinstance(value, float) else abs(value) < 1 << 53):
             continue
         stated = one.get("bytes")
-        whole = isinstance(stated, list) and all(isinstance(b, int) and 0 <= b < 256 for b in stated)
-        raw = bytes(stated) if whole else one["token"].encode("utf-8", "surrogatepass")  # type: ignore[arg-type]
-        found.append(Candidate(one["token"], raw, float(value)))
+        whole = isinstance(stated, list) and all(type(b) is int and 0 <= b < 256 for b in stated)
+        raw = bytes(stated) if whole else one["token"].encode("utf-8", "replace")  # type: ignore[arg-type]
+        found.append(Candidate(_whole(one["token"]), raw, float(value)))
     return tuple(sorted(found, key=lambda one: -one.logprob))

@@ -63,7 +63,7 @@ def tokenizer_to_gguf(
         rows: of the word table; rows that no token has are listed as unused.
         end: id of the token that ends an answer, where it is not the tokenizer's own end token.
         begin: whether a prompt starts with the begin token, if the tokenizer puts one.
-        chat_template: Jinja source; None for the tokenizer's own.
+        chat_template: Jinja source; None for the tokenizer's own, "" for none at all.
 
     Raises:
         CheckpointError: llama.cpp has no rule that gives this tokenizer's ids, or it has ids beyond the rows.
@@ -224,4 +224,4 @@ def _roles(tokenizer: Tokenizer, end: int | None, begin: bool) -> dict[str, Any]
 
 def _template(tokenizer: Tokenizer, given: str | None) -> dict[str, Any]:
     source = tokenizer.chat_template if given is None else given
-    return {} if source is None else {"tokenizer.chat_template": source}
+    return {"tokenizer.chat_template": source} if source else {}

@@ -6,13 +6,18 @@ role and a content that is a string or a list of parts, `add_generation_prompt`,
 A server puts its own words in the place of a picture: what stands there is the caller's (`<image>` for the original
 layout, the context token for `-hf`), and a newline follows it, as in `chiasm.data.message`. Pictures are numbered as
 the template numbers them; tags that a user writes into a text are not looked for.
+
+Servers look at the source to decide whether a template wants texts or lists of parts (vLLM: does it loop over a
+message's content? llama.cpp: does a text in a list come out?) and hand each what it wants, so both are taken: the loop
+is written where the model sees pictures and where it sees none. What `Template.render` refuses is refused here with
+the same reason, by `raise_exception`, which all of them define.
 """
 
 from __future__ import annotations
 
 import json
 
-from chiasm.text.templates import Template
+from chiasm.text.templates import ROLES, Template
 
 __all__ = ["to_jinja"]
 
@@ -39,7 +44,7 @@ def to_jinja(
     if template.by_exchange:
         return None
     default = template.resolve_system(None, system)
-    lines = ["{%- set ns = namespace(shown=0) -%}"]
+    lines = ["{%- set ns = namespace(shown=0) -%}", *_refusals()]
     if bos:
         lines.append("{{- bos_token -}}")
     if default:
@@ -74,21 +79,47 @@ def to_jinja(
     return "\n".join(lines) + "\n"
 
 
+_IMAGES = ["image", "image_url"]  # transformers' word, and OpenAI's, which some servers leave as it is
+
+
+def _refusals() -> list[str]:
+    """What `Template.render` does not spell either."""
+    roles = ", ".join(ROLES)
+    return [
+        "{%- if not messages -%}",
+        "{{- raise_exception('an empty conversation: give at least one message') -}}",
+        "{%- endif -%}",
+        "{%- for message in messages -%}",
+        f"{{%- if message['role'] not in {list(ROLES)} -%}}"
+        "{{- raise_exception('turn ' ~ loop.index0 ~ ' has role ' ~ message['role'] ~ "
+        f"': use one of {roles}') -}}}}",
+        "{%- elif message['role'] == 'system' and not loop.first -%}",
+        "{{- raise_exception('turn ' ~ loop.index0 ~ ' is a system turn: the system message must come first') -}}",
+        "{%- endif -%}",
+        "{%- endfor -%}",
+    ]
+
+
 def _content(template: Template, picture: str | None, video: str | None) -> list[str]:
     """The part of the loop that writes one message's content."""
     lines = [
         "{%- if message['content'] is string -%}{{- message['content'] -}}",
-        "{%- else -%}",
+        "{%- elif message['content'] -%}",  # null counts as "": an answer of nothing but calls
     ]
     numbered = picture is not None and template.numbered
     if numbered:
         lines.append(
-            "{%- set several = message['content'] | selectattr('type', 'equalto', 'image') | list | length > 1 -%}"
+            "{%- set several = "
+            + " + ".join(
+                f"(message['content'] | selectattr('type', 'equalto', '{kind}') | list | length)"
+                for kind in _IMAGES
+            )
+            + " > 1 -%}"
         )
     lines.append("{%- for part in message['content'] -%}")
     lines.append("{%- if part['type'] == 'text' -%}{{- part['text'] -}}")
     if picture is not None:
-        lines.append("{%- elif part['type'] == 'image' -%}")
+        lines.append(f"{{%- elif part['type'] in {_IMAGES} -%}}")
         lines.append("{%- set ns.shown = ns.shown + 1 -%}")
         if numbered:
             lines.append("{%- if several -%}{{- 'Image-' ~ ns.shown ~ ': ' -}}{%- endif -%}")
