@@ -153,7 +153,6 @@ def measure(case: Case, *, requests: int = 64, repeats: int = 2) -> dict[str, An
         },
         repeats,
         warm_up=0,  # a turn takes minutes
-        warm_up=0,
     )
     same = [_begin_alike(run["queue"], run[other]) for run in equal.values() for other in ("alone", "theirs")]
     note = f"answers begin alike: {min(same):.0%} or more of their first tokens"
