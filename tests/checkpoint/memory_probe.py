@@ -1,7 +1,7 @@
 """Load a checkpoint in a process of its own and print what it cost in anonymous memory, as JSON.
 
-Run as ``python memory_probe.py FOLDER WAY``; WAY is ``ours`` or ``naive`` (all tensors at once, fused by
-concatenation, then copied into an allocated module: the control that shows that the meter sees).
+Run as ``python memory_probe.py FOLDER WAY``; WAY is ``ours``, a word of ``--quantize``, or ``naive`` (all tensors at
+once, fused by concatenation, then copied into an allocated module: the control that shows that the meter sees).
 """
 
 import json
@@ -15,6 +15,7 @@ from torch import nn
 
 from chiasm.checkpoint.adapters import load_into, open_checkpoint
 from chiasm.model.causal import CausalVLM
+from chiasm.model.quantize import QUANTIZE, Quantization, Rounding
 from chiasm.parts.connect.projector import Projector
 from chiasm.parts.heads.text import TextHead
 from chiasm.parts.language.decoder import build_decoder
@@ -78,10 +79,15 @@ def main(folder: str, way: str) -> None:
         module(opened)  # what imports and first calls cost is no part of the weights
     meter = Meter()
     meter.start()
-    if way == "ours":
+    if way in ("ours", *QUANTIZE):
         with torch.device("meta"):
             model = module(opened)
-        load_into(model, opened.reader, Watched(opened.adapter, meter))
+        rounding = None if way == "ours" else Rounding(model, Quantization.parse(way))
+        loaded = None if rounding is None else rounding.layer
+        load_into(model, opened.reader, Watched(opened.adapter, meter), loaded=loaded)
+        if rounding is not None:
+            rounding.finish()
+            meter.look()
     else:
         model = module(opened).to(torch.bfloat16)
         model.load_state_dict(dict(opened.adapter.from_public(opened.reader)))

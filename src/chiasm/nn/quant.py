@@ -46,6 +46,7 @@ GELU_FLOOR = 11 / 64
 """No output of GELU is below -0.17: what follows it can use all 256 codes instead of 128 for its positive side."""
 
 _FEW_ROWS = 64  # up to here torch's int4 kernel beats widening (896 -> 4864: 6.7 against 8 ms, one thread)
+_ROWS = 2048  # of a matrix that are rounded at once: whole blocks
 _BLOCK = 64  # outputs that the int4 kernel packs together
 
 
@@ -61,9 +62,14 @@ def quantize_rows(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         (N, K) int8 in -127 … 127, and (N,) float32 scales.
     """
-    weight_NK = weight_NK.float()
-    scale_N = weight_NK.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / 127
-    return (weight_NK / scale_N[:, None]).round_().clamp_(-127, 127).to(torch.int8), scale_N
+    codes_NK = torch.empty(weight_NK.shape, dtype=torch.int8, device=weight_NK.device)
+    scale_N = torch.empty(weight_NK.shape[0], device=weight_NK.device)
+    # Some rows at a time: in float32 the head of a large model would take gigabytes.
+    for weight, codes, scale in zip(*(x.split(_ROWS) for x in (weight_NK, codes_NK, scale_N)), strict=True):
+        weight = weight.float()
+        scale.copy_(weight.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / 127)
+        codes.copy_((weight / scale[:, None]).round_().clamp_(-127, 127))
+    return codes_NK, scale_N
 
 
 def int8_linear_reference(
@@ -265,24 +271,25 @@ class Int4Linear(RoundedLinear):
         self.out_features, self.in_features = weight_NK.shape
         self.group = group
         self.fill = -self.in_features % group
-        padded_NK = F.pad(weight_NK.float(), (0, self.fill, 0, -self.out_features % _BLOCK))
-        codes_NK, scale_NG, zero_NG = quantize_groups(padded_NK, group)
-        self.scale_zero = (
-            torch.stack((scale_NG.t(), zero_NG.t()), dim=-1).contiguous().bfloat16()
-        )  # (G, N, 2)
-        self.bias = None if linear.bias is None else linear.bias.detach().clone()
         self.kernel = weight_NK.device.type == "cpu"
-        self.packed = _pack(codes_NK)
+        packed, theirs, scale_zero, alike = [], [], [], True
+        for part in weight_NK.split(_ROWS):
+            padded = F.pad(part.float(), (0, self.fill, 0, -part.shape[0] % _BLOCK))
+            codes, scale_NG, zero_NG = quantize_groups(padded, group)
+            packed.append(_pack(codes))
+            scale_zero.append(torch.stack((scale_NG.t(), zero_NG.t()), dim=-1).bfloat16())
+            if self.kernel and (alike is False or not theirs):
+                # The kernel's own order depends on the processor. Where it is another, it is kept beside ours.
+                theirs.append(torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1))
+                alike = torch.equal(theirs[-1].flatten(), packed[-1].flatten())
+        self.scale_zero = torch.cat(scale_zero, dim=1)  # (G, N, 2)
+        self.bias = None if linear.bias is None else linear.bias.detach().clone()
+        self.packed = torch.cat(packed)
         """(N / 64, K, 32) bytes: outputs n and n + 32 of a block share one, the first in its low half."""
         self.checksum = _checksum(self.packed, self.scale_zero, self.bias)
         """Of all numbers it multiplies and adds with, to tell one model from another."""
         if self.kernel:
-            # The kernel's own order depends on the processor. Where it is another, it is kept beside ours.
-            theirs = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes_NK, 1)
-            same = theirs.numel() == self.packed.numel() and torch.equal(
-                theirs.flatten(), self.packed.flatten()
-            )
-            self.theirs = self.packed.view_as(theirs) if same else theirs
+            self.theirs = self.packed.view(-1, theirs[0].shape[1]) if alike else torch.cat(theirs)
 
     @property
     def device(self) -> torch.device:
