@@ -100,7 +100,7 @@ def test_the_meter_sees_a_naive_load(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(("how", "most"), [("int8", 0.96), ("int4", 0.72)])
 def test_the_unrounded_model_is_never_there(tmp_path, how, most):
-    """A gigabyte in bf16; the word table and the head, of which there are two copies for a moment, are a quarter of it."""
+    """A gigabyte in bf16; a quarter of it are the word table and the head, of which there are two for a moment."""
     written, _ = write_large(tmp_path / "model", "original", layers=24, vocab=64_000)
     result = probe(tmp_path / "model", how)
     print(f"{how}: peak {result['peak'] / written.bytes:.4f}, after {result['after'] / written.bytes:.4f}")
