@@ -24,7 +24,7 @@ from measure import HERE, RESULTS
 
 from chiasm.cli.evaluate import evaluate
 
-HOW = ("int8", "int8+vision-w8a8", "w8a8", "w8a8+vision-w8a8", "int4", "int4-128")
+HOW = ("int8", "int8+vision-w8a8", "w8a8+vision-w8a8", "int4", "int4-128")
 FAMILIES = ("cifar10", "fashion", "words", "counting")
 PAGE = HERE.parent / "docs" / "speed.md"
 BEGIN, END = "<!-- quality: begin -->", "<!-- quality: end -->"
