@@ -26,7 +26,8 @@ from tests.systems.test_internvl import PAIRS, QUESTIONS, loaded, reference, wor
 from chiasm.checkpoint.adapters import load_into, open_checkpoint
 from chiasm.checkpoint.wheel import smollm2_folder
 from chiasm.data.sequence import Sequence
-from chiasm.systems.internvl.load import build_language_model, load_folder
+from chiasm.systems.internvl.load import load_folder
+from chiasm.systems.internvl.model import build_language_model
 
 LENGTHS = (1, 16, 17, 45)
 

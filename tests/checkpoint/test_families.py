@@ -31,7 +31,7 @@ from chiasm.checkpoint.store import CheckpointReader, read_json
 from chiasm.data.sequence import Sequence
 from chiasm.errors import CheckpointError, ConfigError
 from chiasm.model.generate import Decoding, generate
-from chiasm.systems.internvl.load import build_language_model
+from chiasm.systems.internvl.model import build_language_model
 
 SWITCH, TRAINED = 16, 64
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0}

@@ -20,8 +20,7 @@ from chiasm.cli.app import main
 from chiasm.parts.language.config import LanguageConfig
 from chiasm.parts.vision.internvit import InternViTConfig
 from chiasm.systems.internvl.config import InternVLConfig
-from chiasm.systems.internvl.load import build_language_model
-from chiasm.systems.internvl.model import build_internvl
+from chiasm.systems.internvl.model import build_internvl, build_language_model
 from tiny_tokenizers import byte_level
 
 TILE = 28

@@ -20,7 +20,7 @@ from chiasm.eval.perplexity import measure_perplexity, prepare_text
 from chiasm.parts.language.config import LanguageConfig
 from chiasm.parts.vision.internvit import InternViTConfig
 from chiasm.systems.internvl import mini
-from chiasm.systems.internvl.load import build_language_model
+from chiasm.systems.internvl.model import build_language_model
 from tiny_tokenizers import byte_level
 
 

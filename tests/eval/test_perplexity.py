@@ -20,7 +20,7 @@ from chiasm.eval.perplexity import (
     windows,
 )
 from chiasm.parts.language.config import LanguageConfig
-from chiasm.systems.internvl.load import build_language_model
+from chiasm.systems.internvl.model import build_language_model
 from tiny_tokenizers import byte_level
 
 CHAPTERS = {2: "Second  chapter.\nIt goes on.\n\n  New paragraph. ", 1: "Call me Ishmael.", 10: "Tenth."}

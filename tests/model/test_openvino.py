@@ -23,8 +23,7 @@ from chiasm.nn.lora import apply_lora
 from chiasm.parts.language.config import LanguageConfig
 from chiasm.parts.vision.internvit import InternViTConfig
 from chiasm.systems.internvl.config import InternVLConfig
-from chiasm.systems.internvl.load import build_language_model
-from chiasm.systems.internvl.model import build_internvl
+from chiasm.systems.internvl.model import build_internvl, build_language_model
 
 C = 64
 FAMILIES = {

@@ -17,7 +17,7 @@ from chiasm.model.placement import Placement, place
 from chiasm.model.quantize import quantize_model
 from chiasm.model.static import StaticPass, fits
 from chiasm.nn.sampling import Sampling
-from chiasm.systems.internvl.load import build_language_model
+from chiasm.systems.internvl.model import build_language_model
 
 CPU = torch.device("cpu")
 

@@ -20,47 +20,21 @@ from chiasm.checkpoint.preprocess import read_tile_policy
 from chiasm.checkpoint.store import CONFIG
 from chiasm.checkpoint.vocab import check_rows
 from chiasm.data.layout import LayoutSpec
-from chiasm.data.sequence import Sequence as Rows
-from chiasm.errors import ConfigError, TemplateError, UsageError
+from chiasm.errors import ConfigError, TemplateError
 from chiasm.media.tiles import TilePolicy
 from chiasm.model.causal import CausalVLM
 from chiasm.model.chat import ChatModel
 from chiasm.model.placement import Placement, place
 from chiasm.model.quantize import Quantization, Rounding
-from chiasm.parts.contracts import Embedded, ModelCache
-from chiasm.parts.embed import WordTable
-from chiasm.parts.heads.text import TextHead
 from chiasm.parts.language.config import LanguageConfig
-from chiasm.parts.language.decoder import build_decoder
 from chiasm.systems.internvl.config import InternVLConfig
-from chiasm.systems.internvl.model import build_internvl
+from chiasm.systems.internvl.model import build_internvl, build_language_model
 from chiasm.text.templates import get_template
 from chiasm.text.tokenizer import Tokenizer
 
 _log = logging.getLogger("chiasm.load")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-class WordsOnly(torch.nn.Module):
-    """The embedder of a language model alone."""
-
-    def __init__(self, words: WordTable) -> None:
-        super().__init__()
-        self.words = words
-
-    def forward(self, sequence: Rows, cache: ModelCache | None = None) -> Embedded:
-        """(T,) ids -> (T, C) rows; UsageError when there is something to see."""
-        if sequence.spans:
-            raise UsageError("this model is a language model alone and sees no pictures: choose another one")
-        return Embedded(self.words(sequence.ids_T))
-
-
-def build_language_model(config: LanguageConfig) -> CausalVLM:
-    """Word table, decoder and text head, without any encoder."""
-    words = WordTable(config.vocab_size, config.hidden_size)
-    head = TextHead(config.vocab_size, config.hidden_size, tied=words.weight if config.tie_words else None)
-    return CausalVLM(WordsOnly(words), build_decoder(config), head)
 
 
 def resolve_dtype(dtype: str | torch.dtype | None, stored: str | None = None) -> torch.dtype:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from chiasm.data.sequence import Sequence
+from chiasm.errors import UsageError
 from chiasm.media.pixels import normalize
 from chiasm.media.tiles import TilePolicy
 from chiasm.model.causal import CausalVLM
@@ -18,6 +19,7 @@ from chiasm.parts.connect.projector import Projector
 from chiasm.parts.contracts import Embedded, ModelCache
 from chiasm.parts.embed import FeatureCache, WordTable, encode_spans, overwrite_rows
 from chiasm.parts.heads.text import TextHead
+from chiasm.parts.language.config import LanguageConfig
 from chiasm.parts.language.decoder import build_decoder, init_decoder
 from chiasm.parts.vision.internvit import InternViT
 from chiasm.systems.internvl.config import InternVLConfig
@@ -93,3 +95,24 @@ def build_internvl(config: InternVLConfig, *, generator: torch.Generator | None 
             if not c.language.tie_words:
                 head.weight.normal_(0, 0.02, generator=generator)
     return model
+
+
+class WordsOnly(nn.Module):
+    """The embedder of a language model alone."""
+
+    def __init__(self, words: WordTable) -> None:
+        super().__init__()
+        self.words = words
+
+    def forward(self, sequence: Sequence, cache: ModelCache | None = None) -> Embedded:
+        """(T,) ids -> (T, C) rows; UsageError when there is something to see."""
+        if sequence.spans:
+            raise UsageError("this model is a language model alone and sees no pictures: choose another one")
+        return Embedded(self.words(sequence.ids_T))
+
+
+def build_language_model(config: LanguageConfig) -> CausalVLM:
+    """Word table, decoder and text head, without any encoder."""
+    words = WordTable(config.vocab_size, config.hidden_size)
+    head = TextHead(config.vocab_size, config.hidden_size, tied=words.weight if config.tie_words else None)
+    return CausalVLM(WordsOnly(words), build_decoder(config), head)

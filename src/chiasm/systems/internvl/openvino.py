@@ -26,7 +26,7 @@ from chiasm.model.openvino.parts import CompiledHead, CompiledModel, CompiledTru
 from chiasm.parts.embed import FeatureCache
 from chiasm.parts.language.config import LanguageConfig
 from chiasm.systems.internvl.config import InternVLConfig
-from chiasm.systems.internvl.model import InternVLEmbedder
+from chiasm.systems.internvl.model import InternVLEmbedder, WordsOnly
 
 __all__ = ["CompiledEmbedder", "compiled_chat", "compiled_model"]
 
@@ -60,8 +60,6 @@ def vision_side(model: CausalVLM) -> VisionSide | None:
 
 def compiled_model(compiled: Compiled, config: InternVLConfig | LanguageConfig) -> CompiledModel:
     """The parts of an entry put together."""
-    from chiasm.systems.internvl.load import WordsOnly
-
     words = FloatWords(compiled.words_VC)
     if isinstance(config, LanguageConfig):
         embedder, language = WordsOnly(words), config
