@@ -98,7 +98,7 @@ def test_the_meter_sees_a_naive_load(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("how", "most"), [("int8", 0.96), ("int4", 0.72)])
+@pytest.mark.parametrize(("how", "most"), [("int8", 0.97), ("int4", 0.85)])
 def test_the_unrounded_model_is_never_there(tmp_path, how, most):
     """A gigabyte in bf16; a quarter of it are the word table and the head, of which there are two for a moment."""
     written, _ = write_large(tmp_path / "model", "original", layers=24, vocab=64_000)

@@ -1,8 +1,12 @@
 """Passes of fixed shapes against the ragged ones: same hidden states, same answers, whoever joins and leaves."""
 
 import gc
+import os
+import subprocess
+import sys
 import weakref
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -189,17 +193,40 @@ def test_the_likeliest_of_all_rows_are_those_of_each(monkeypatch: pytest.MonkeyP
     assert together == [[event.id for event in run.step()] for _ in range(12)]
 
 
-@pytest.mark.slow
-@torch.inference_mode()
-def test_a_compiled_pass_equals_the_eager_one() -> None:
+COMPILED = """
+import torch
+from tests.contracts.skeleton import initialise
+from tests.model.test_static import started
+from tests.tiny_chat import tiny_model
+from chiasm.model.static import StaticPass
+
+with torch.inference_mode():
     model = tiny_model()
     eager, compiled = started(model, [3, 9]), started(model, [3, 9])
     slow, fast = StaticPass(model, eager._cache.trunk), StaticPass(model, compiled._cache.trunk, compile=True)
     for turn in range(3):
         positions = [float(n) for n in slow._cache.lengths]
-        torch.testing.assert_close(
-            fast([turn, 2], positions, [0, 1]), slow([turn, 2], positions, [0, 1]), rtol=1e-9, atol=1e-9
-        )
+        got, wanted = (each([turn, 2], positions, [0, 1]) for each in (fast, slow))
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)  # angles are of float32
+print("equal")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_compiled_pass_equals_the_eager_one() -> None:
+    """In a process of its own: the shape checks of the tests cannot be compiled."""
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}"}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILED],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+        cwd=root,
+    )
+    assert done.stdout.strip() == "equal", done.stderr[-2000:]
 
 
 @pytest.mark.gpu
