@@ -1,5 +1,6 @@
 """The feature cache: whose weights it belongs to, and several threads."""
 
+import copy
 import threading
 
 import torch
@@ -27,6 +28,14 @@ def test_several_threads_leave_it_whole() -> None:
         thread.join()
     assert not failed
     assert cache.bytes == sum(x.nbytes for x in cache._store.values()) <= 400
+
+
+def test_a_copy_is_empty() -> None:
+    cache = FeatureCache(1000)
+    cache.put("a", torch.ones(1))
+    other = copy.deepcopy(cache)
+    assert (other.max_bytes, other.bytes, other.get("a")) == (1000, 0, None)
+    assert cache.get("a") is not None
 
 
 def test_other_weights_are_noticed() -> None:

@@ -13,6 +13,7 @@ import itertools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +55,10 @@ class FeatureCache:
         self._store: OrderedDict[str, Tensor] = OrderedDict()
         self._lock = threading.RLock()
         self._weights: int | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy, as one of a whole model brings about, is empty and of the same size."""
+        return FeatureCache, (self.max_bytes,)
 
     def bind(self, encoder: nn.Module) -> None:
         """Belong to these weights as they are now: what others have encoded is forgotten."""
