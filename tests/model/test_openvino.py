@@ -160,7 +160,7 @@ def test_the_cache_drops_restarts_and_views_documents() -> None:
             )
 
         out = [read((3, 5, 2), (0, 1, 2), (0, 0, 0))]
-        cache.keep([2, 1])
+        cache.resize([2, 1], 2)
         out.append(read((1, 1), (0, 1), (2, 5)))
         cache.restart(1)
         out.append(read((4, 1), (1, 0), (0, 3)))

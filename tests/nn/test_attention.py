@@ -211,7 +211,7 @@ def test_keep_drops_documents() -> None:
     attend(x, x, x, segments, cache=cache)
     cache.advance(segments)
     third = cache._k[0][2, :, :3].clone()
-    cache.keep([2, 0])
+    cache.resize([2, 0], 2)
     assert cache.lengths == [3, 1]
     assert torch.equal(cache._k[0][0, :, :3], third)
 

@@ -150,11 +150,6 @@ class KVCache:
                 x[slot].zero_()
         self._lengths[slot] = 0
 
-    def keep(self, slots: Seq[int]) -> None:
-        """Keep only these rows, in this order; they become rows 0, 1, … of a smaller cache."""
-        if list(slots) != list(range(self.slots)):
-            self.resize(slots, len(slots))
-
     def resize(self, keep: Seq[int], slots: int, capacity: int | None = None) -> None:
         """Copy the documents `keep` into slots 0, 1, … of new buffers for `slots` documents of `capacity` rows.
 

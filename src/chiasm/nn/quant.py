@@ -103,11 +103,8 @@ class RoundedLinear(nn.Module):
     in_features: int
     out_features: int
     checksum: int
-
-    @property
-    def device(self) -> torch.device:
-        """Where it was made, and stays."""
-        raise NotImplementedError
+    device: torch.device
+    """Where it was made, and stays."""
 
     def _apply(self, fn: object, recurse: bool = True) -> RoundedLinear:
         raise ConfigError(STAYS)
@@ -140,6 +137,7 @@ class Int8Linear(RoundedLinear):
             raise ConfigError("floor is for activations of 8 bits: leave it out with 16")
         weight_NK = linear.weight.detach()
         self.out_features, self.in_features = weight_NK.shape
+        self.device = weight_NK.device
         self.bits, self.floor = bits, floor
         codes_NK, self.scale = quantize_rows(weight_NK)
         bias_N = None if linear.bias is None else linear.bias.detach().float()
@@ -151,11 +149,6 @@ class Int8Linear(RoundedLinear):
         self.codes = torch.ops.onednn.qlinear_prepack(codes_NK, None) if self.packed else codes_NK
         self.checksum = _checksum(codes_NK, self.scale, self.bias)
         """Of all numbers it multiplies and adds with, to tell one model from another."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where it was made, and stays."""
-        return self.scale.device
 
     @property
     def nbytes(self) -> int:
@@ -269,6 +262,7 @@ class Int4Linear(RoundedLinear):
             raise ConfigError(f"int4 weights come in groups of 32, 64, 128 or 256, not {group}")
         weight_NK = linear.weight.detach()
         self.out_features, self.in_features = weight_NK.shape
+        self.device = weight_NK.device
         self.group = group
         self.fill = -self.in_features % group
         self.kernel = weight_NK.device.type == "cpu"
@@ -290,11 +284,6 @@ class Int4Linear(RoundedLinear):
         """Of all numbers it multiplies and adds with, to tell one model from another."""
         if self.kernel:
             self.theirs = self.packed.view(-1, theirs[0].shape[1]) if alike else torch.cat(theirs)
-
-    @property
-    def device(self) -> torch.device:
-        """Where it was made, and stays."""
-        return self.scale_zero.device
 
     @property
     def nbytes(self) -> int:

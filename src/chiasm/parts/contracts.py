@@ -65,12 +65,6 @@ class ModelCache:
     state: dict[int, Any] = field(default_factory=dict)
     """A head's own memory by document (a place inside an image grid)."""
 
-    def keep(self, slots: list[int]) -> None:
-        """Keep only these cache rows, renumbered 0, 1, … (documents that ended are dropped)."""
-        self.trunk.keep(slots)
-        if self.embed is not None:
-            self.embed.keep(slots)
-
     def view(self, slots: list[int]) -> ModelCache:
         """The same memory for a pass over some documents only, which are its rows 0, 1, …"""
         embed = None if self.embed is None else self.embed.view(slots)

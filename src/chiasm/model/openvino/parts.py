@@ -133,10 +133,6 @@ class StateCache(KVCache):
         """Forget the past of one document."""
         self.documents[slot].forget()
 
-    def keep(self, slots: Seq[int]) -> None:
-        """Keep only these documents, in this order."""
-        self.documents = [self.documents[slot] for slot in slots]
-
     def resize(self, keep: Seq[int], slots: int, capacity: int | None = None) -> None:
         """The documents `keep` first, then empty ones, `slots` in all; nothing is copied."""
         kept = [self.documents[slot] for slot in keep]
