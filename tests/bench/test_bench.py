@@ -120,8 +120,9 @@ def test_pages_hold_the_tables_of_the_results(script) -> None:
 def test_the_peer_of_openvino_is_given_our_model(script, tmp_path: Path) -> None:
     """Its graph, ids in and logits out, computes what the model does: prompt, then one token at a time."""
     import numpy as np
-    import openvino as ov
     import torch
+
+    from chiasm.model.openvino.weights import core
 
     peer, inference = script("peer_openvino"), script("inference")
     case = inference.replace(inference.toy(), dtype=torch.float32)
@@ -129,7 +130,7 @@ def test_the_peer_of_openvino_is_given_our_model(script, tmp_path: Path) -> None
     peer.write_language(model, case, None, tmp_path / "m")
     settings = {"EXECUTION_MODE_HINT": "ACCURACY"}
     request = (
-        ov.Core().compile_model(tmp_path / "m" / "openvino_model.xml", "CPU", settings).create_infer_request()
+        core().compile_model(tmp_path / "m" / "openvino_model.xml", "CPU", settings).create_infer_request()
     )
     ids_T = inference.text_prompt(case, 5)
     expected = model.head.logits(model.hidden(inference.Sequence.of_text(ids_T)))

@@ -5,6 +5,9 @@ OpenVINO comes with the extra `dev`. What users meet is in tests/cli/test_backen
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import openvino as ov
 import pytest
@@ -17,7 +20,7 @@ from chiasm.model.openvino.check import Agreement, VisionSide, agreement, distan
 from chiasm.model.openvino.export import Options, write_graphs
 from chiasm.model.openvino.graphs import Writer, decoder_graph, vision_graph
 from chiasm.model.openvino.parts import CompiledTrunk, StateCache, compile_graph, run_graph, settings
-from chiasm.model.openvino.weights import INT8, Scheme, compress, matrix, rounded, schemes
+from chiasm.model.openvino.weights import INT8, Scheme, compress, core, matrix, rounded, schemes
 from chiasm.nn.attention import KVCache, Segments
 from chiasm.nn.lora import apply_lora
 from chiasm.parts.language.config import LanguageConfig
@@ -250,9 +253,7 @@ def test_a_compressed_matrix_stands_for_what_its_twin_says(scheme: Scheme | None
     x = ov.opset13.parameter([-1, 128], np.float32, name="x")
     result = ov.opset13.result(ov.opset13.matmul(x, matrix(weight, scheme), False, True))
     request = (
-        ov.Core()
-        .compile_model(ov.Model([result], [x], "m"), "CPU", settings("float32"))
-        .create_infer_request()
+        core().compile_model(ov.Model([result], [x], "m"), "CPU", settings("float32")).create_infer_request()
     )
     found = torch.from_numpy(request.infer([np.eye(128, dtype=np.float32)])[0].copy()).T
     torch.testing.assert_close(found, rounded(weight, scheme), rtol=1e-5, atol=1e-6)
@@ -344,3 +345,36 @@ def test_adapters_must_be_merged() -> None:
 def test_an_encoder_that_is_not_there_cannot_be_rounded() -> None:
     with pytest.raises(UsageError, match="no vision encoder to round"):
         write_graphs(language(), None, Options(quantize="vision-w8a8"))
+
+
+SIGNALLED = """
+import gc, signal, sys
+import numpy as np
+import openvino as ov
+from chiasm.model.openvino import weights
+from chiasm.model.openvino.parts import compile_graph, settings
+
+def graph():
+    x = ov.opset13.parameter([-1, 8], np.float32, name="x")
+    product = ov.opset13.matmul(x, ov.opset13.constant(np.ones((8, 8), np.float32)), False, False)
+    return ov.Model([ov.opset13.result(product)], [x], "m")
+
+settings(None)
+first = compile_graph(graph(), None)
+second = compile_graph(graph(), None)
+settings(None)
+del first
+gc.collect()
+del second
+gc.collect()
+caught = []
+signal.signal(signal.SIGINT, lambda *given: caught.append(given))
+signal.raise_signal(signal.SIGINT)
+print(len(caught))
+"""
+
+
+def test_a_signal_after_models_are_gone_reaches_its_handler() -> None:
+    """Every core registers an alternate signal stack, and a freed one ends the process (`weights.core`)."""
+    done = subprocess.run([sys.executable, "-c", SIGNALLED], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, "1"), done.stderr[-2000:]

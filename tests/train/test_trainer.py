@@ -77,7 +77,6 @@ def test_kill_9_and_resume_gives_the_same_curve(tmp_path):
 def test_signals_save_and_leave_in_peace(tmp_path, number):
     trainer = quiet(tiny(), tmp_path / "run")
     fetch = trainer.source.fetch
-    outside = signal.getsignal(number)
 
     def interrupted(draws, random):
         if trainer.step == 4:

@@ -35,7 +35,7 @@ from chiasm.model.causal import CausalVLM
 from chiasm.model.openvino.check import Agreement, VisionSide, agreement
 from chiasm.model.openvino.graphs import Writer, decoder_graph, head_graph, vision_graph
 from chiasm.model.openvino.parts import compile_graph
-from chiasm.model.openvino.weights import openvino, schemes
+from chiasm.model.openvino.weights import core, openvino, schemes
 from chiasm.parts.language.decoder import Decoder
 
 __all__ = ["Compiled", "Options", "Written", "open_compiled", "sources_of", "write_graphs"]
@@ -254,7 +254,7 @@ def _key(sources: Sequence[Path], options: Options) -> str:
     """What an entry belongs to, as 16 hexadecimal digits."""
     ov = openvino()
     digest = hashlib.sha256()
-    cpu = ov.Core().get_property("CPU", "FULL_DEVICE_NAME")
+    cpu = core().get_property("CPU", "FULL_DEVICE_NAME")
     for fact in (_FORMAT, ov.__version__, cpu, options.dtype, options.quantize):
         digest.update(f"{fact}\0".encode())
     for file in sources:

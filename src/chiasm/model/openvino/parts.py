@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from chiasm.data.sequence import Sequence
 from chiasm.errors import ConfigError
 from chiasm.model.causal import CausalVLM
-from chiasm.model.openvino.weights import openvino
+from chiasm.model.openvino.weights import core, openvino
 from chiasm.nn.attention import KVCache, Segments
 from chiasm.nn.rope import Rope
 from chiasm.parts.contracts import Emission, LossParts, ModelCache, Pick
@@ -62,7 +62,7 @@ def settings(dtype: str | None) -> dict[str, Any]:
         # measured, slower.
         exact = {"EXECUTION_MODE_HINT": "ACCURACY", "INFERENCE_PRECISION_HINT": "f32"}
         return found | exact | {"KV_CACHE_PRECISION": "f32"}
-    capable = "BF16" in openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    capable = "BF16" in core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     hints = {"bfloat16": "bf16", "float16": "f16"}
     if dtype is not None:
         found["INFERENCE_PRECISION_HINT"] = hints[dtype]
@@ -71,7 +71,7 @@ def settings(dtype: str | None) -> dict[str, Any]:
 
 def compile_graph(graph: Any, dtype: str | None) -> Any:
     """A graph (or the path of a saved one), compiled for the CPU."""
-    return openvino().Core().compile_model(graph, "CPU", settings(dtype))
+    return core().compile_model(graph, "CPU", settings(dtype))
 
 
 def run_graph(request: Any, **inputs: np.ndarray) -> np.ndarray:

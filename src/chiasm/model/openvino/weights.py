@@ -18,6 +18,7 @@ Legend: O output rows, I inputs, Q groups of a row, R inputs of a group.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,18 @@ from torch import Tensor
 from chiasm.errors import UsageError, missing_extra
 from chiasm.model.quantize import Quantization
 
-__all__ = ["INT8", "Compressed", "Scheme", "compress", "matrix", "openvino", "rounded", "schemes", "whole"]
+__all__ = [
+    "INT8",
+    "Compressed",
+    "Scheme",
+    "compress",
+    "core",
+    "matrix",
+    "openvino",
+    "rounded",
+    "schemes",
+    "whole",
+]
 
 _HALF_MAX = 65504.0
 
@@ -39,6 +51,17 @@ def openvino() -> Any:
     except ImportError as error:
         raise missing_extra("openvino", "openvino") from error
     return ov
+
+
+@cache
+def core() -> Any:
+    """The one `openvino.Core` of this process, which is never let go.
+
+    The CPU plugin of every core gives the thread that makes it an alternate signal stack, and frees it with the core.
+    Of two cores that do not end in reverse order, a freed stack stays registered, and the next signal (Ctrl-C) ends
+    the process with a segmentation fault (seen with openvino 2026.4.1).
+    """
+    return openvino().Core()
 
 
 @dataclass(frozen=True, slots=True)
