@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from chiasm.data.mixture import generator
 from chiasm.errors import ConfigError, DataError
 from chiasm.parts.vision.internvit import InternViTConfig
 from chiasm.train.augment import augment, mirror
-from chiasm.train.data import generator
 from chiasm.train.distill import (
     Distill,
     DistillData,

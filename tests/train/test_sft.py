@@ -14,12 +14,12 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from chiasm.checkpoint.vocab import SPECIAL_TOKENS
 from chiasm.data.layout import layout
+from chiasm.data.mixture import generator
 from chiasm.data.sequence import IGNORE, Sequence
 from chiasm.errors import ConfigError
 from chiasm.model.generate import generate
 from chiasm.systems.internvl.recipes import debug, layout_of, mini_sft
 from chiasm.text.tokenizer import Tokenizer, byte_alphabet
-from chiasm.train.data import generator
 from chiasm.train.progress import Progress
 from chiasm.train.recipe import apply_overrides
 from chiasm.train.run import RunFolder, environment

@@ -27,11 +27,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from chiasm.data.mixture import Draw, generator
 from chiasm.errors import ConfigError, DataError
 from chiasm.parts.compress.unshuffle import pixel_unshuffle
 from chiasm.parts.vision.internvit import InternViT, InternViTConfig
 from chiasm.train.augment import augment, mirror
-from chiasm.train.data import Draw, Source, generator
+from chiasm.train.data import Source
 from chiasm.train.dense import FACTS, PATCHES, dense_facts
 from chiasm.train.objective import Loss, Objective
 from chiasm.train.vision_init import sincos_positions_, whiten_patches_

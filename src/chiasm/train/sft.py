@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from chiasm.data.layout import LayoutSpec, layout
+from chiasm.data.mixture import Draw
 from chiasm.data.sequence import IGNORE, MediaBatch
 from chiasm.data.sequence import Sequence as Row
 from chiasm.errors import ConfigError
@@ -27,7 +28,7 @@ from chiasm.model.causal import CausalVLM
 from chiasm.nn.losses import token_weights
 from chiasm.text.tokenizer import Tokenizer
 from chiasm.train.augment import augment, mirror
-from chiasm.train.data import Draw, Source
+from chiasm.train.data import Source
 from chiasm.train.objective import Loss, Objective
 from chiasm.worlds.world import Sample, World
 

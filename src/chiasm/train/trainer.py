@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from chiasm.data.mixture import Draw, Mixture, derive_seed, generator
 from chiasm.errors import CheckpointError, ChiasmError, UsageError
-from chiasm.train.data import Draw, Mixture, derive_seed, generator
 from chiasm.train.objective import Loss
 from chiasm.train.optim import load_optimizer_tensors, make_optimizers, optimizer_tensors, trainable
 from chiasm.train.progress import Progress

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from chiasm.data.mixture import Mixture, derive_seed, generator
 from chiasm.errors import ConfigError
-from chiasm.train.data import Mixture, derive_seed, generator
 
 MIXTURES = st.dictionaries(
     st.sampled_from("abcdef"), st.tuples(st.integers(1, 40), st.floats(0.01, 10)), min_size=1
