@@ -1,6 +1,6 @@
 """Recipe: one frozen tree that says everything about a training run.
 
-What: the dataclasses ``Recipe``, ``Optim``, ``Group``, ``Schedule``; ``apply_overrides`` for the command line's
+What: the dataclasses ``Recipe``, ``Optim``, ``Group``, ``Schedule``, ``Lora``, ``Guard``; ``apply_overrides`` for the command line's
 ``--set optim.lr=1e-4``; ``resolved``, the plain dict that is saved with every run.
 
 A recipe holds *descriptions* (frozen dataclasses with a ``build`` or ``open`` method), never modules or tensors, so
@@ -10,6 +10,7 @@ that it can be shown, changed and compared before anything is allocated.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 import math
 import types
@@ -30,18 +31,22 @@ if typing.TYPE_CHECKING:
 __all__ = [
     "DataSpec",
     "Group",
+    "Guard",
+    "Lora",
     "ModelSpec",
     "ObjectiveSpec",
     "Optim",
     "Recipe",
     "Schedule",
     "apply_overrides",
+    "did_you_mean",
     "difference",
     "resolved",
 ]
 
 
 Tree = TypeVar("Tree")
+WRITERS = ("tensorboard", "wandb", "trackio")
 
 
 class ModelSpec(Protocol):
@@ -102,9 +107,16 @@ class Optim:
     weight_decay: float = 0.05
     clip: float | None = 1.0
     """Maximum L2 norm of the whole gradient; None leaves it as it is."""
+    train: tuple[str, ...] = ()
+    """fnmatch patterns of the only parameters that are trained (``train.freeze`` has those of the paper's stages); ():
+    all. The matrices of LoRA adapters are trained in any case."""
     freeze: tuple[str, ...] = ()
     """fnmatch patterns of parameter names that are not trained (heads of the objective: ``objective.*``)."""
     groups: tuple[Group, ...] = ()
+    vision_decay: float = 1.0
+    """Factor on the learning rate from one layer of the encoder to the one below it; what is above all layers has 1."""
+    language_decay: float = 1.0
+    """The same for the decoder's layers; the word table counts as the one below them."""
 
     def __post_init__(self) -> None:
         _require(self.lr > 0, f"optim.lr must be > 0, got {self.lr}")
@@ -113,6 +125,8 @@ class Optim:
         )
         _require(self.weight_decay >= 0, f"optim.weight_decay must be >= 0, got {self.weight_decay}")
         _require(self.clip is None or self.clip > 0, f"optim.clip must be > 0 or none, got {self.clip}")
+        for name in ("vision_decay", "language_decay"):
+            _require(0 < getattr(self, name) <= 1, f"optim.{name} must lie in (0, 1], got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,6 +135,9 @@ class Schedule:
 
     kind: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: int = 0
+    """Steps."""
+    warmup_ratio: float = 0.0
+    """Warm-up as a share of all steps, rounded up, in the place of ``warmup``."""
     final: float = 0.0
     """Factor at the last step, as a share of the peak (cosine, linear)."""
 
@@ -129,17 +146,72 @@ class Schedule:
         _require(self.kind in kinds, f"schedule.kind must be one of {', '.join(kinds)}, got {self.kind!r}")
         _require(self.warmup >= 0, f"schedule.warmup must be >= 0, got {self.warmup}")
         _require(0 <= self.final <= 1, f"schedule.final must lie in [0, 1], got {self.final}")
+        _require(
+            0 <= self.warmup_ratio < 1, f"schedule.warmup_ratio must lie in [0, 1), got {self.warmup_ratio}"
+        )
+        _require(
+            not (self.warmup and self.warmup_ratio), "schedule has both warmup and warmup_ratio: give one of them"
+        )
 
     def factor(self, step: int, steps: int) -> float:
         """Return the factor for step ``step`` of 0 … steps - 1."""
-        if step < self.warmup:
-            return (step + 1) / self.warmup
+        warmup = self.warmup or math.ceil(self.warmup_ratio * steps)
+        if step < warmup:
+            return (step + 1) / warmup
         if self.kind == "constant":
             return 1.0
-        share = (step - self.warmup) / max(1, steps - 1 - self.warmup)
+        share = (step - warmup) / max(1, steps - 1 - warmup)
         share = min(max(share, 0.0), 1.0)
         down = 0.5 * (1 + math.cos(math.pi * share)) if self.kind == "cosine" else 1 - share
         return self.final + (1 - self.final) * down
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lora:
+    """Low-rank adapters on the linear layers of one part of the model, all else of which is then frozen.
+
+    Source: InternVL 2.5's fine-tuning scripts: alpha twice the rank, dropout 0.05, every linear layer.
+    """
+
+    rank: int = 0
+    """0: no adapters."""
+    alpha: float | None = None
+    """The adapters' product counts alpha / rank times; None: twice the rank."""
+    dropout: float = 0.05
+    targets: tuple[str, ...] = ()
+    """fnmatch patterns of layers by their path within the part (``layers.*.attn.qkv``); (): every linear layer."""
+
+    def __post_init__(self) -> None:
+        _require(self.rank >= 0, f"lora.rank must be >= 0, got {self.rank}")
+        _require(0 <= self.dropout < 1, f"lora.dropout must lie in [0, 1), got {self.dropout}")
+
+    @property
+    def strength(self) -> float:
+        """Alpha."""
+        return 2.0 * self.rank if self.alpha is None else self.alpha
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Guard:
+    """What happens when the loss or the gradient is not a number, or the loss leaps."""
+
+    policy: Literal["stop", "skip", "off"] = "stop"
+    """stop: end the run, naming the samples; skip: leave the step out, log its samples, go on; off: do not look."""
+    spike: float | None = None
+    """A loss above the running median by this many (robust) standard deviations is a leap; None: only NaN and Inf."""
+    window: int = 64
+    """Accepted steps that median and deviation are taken over; before half of them are there, nothing is a leap."""
+    max_skips: int = 10
+    """Skipped steps in a row after which the run ends all the same."""
+
+    def __post_init__(self) -> None:
+        policies = ("stop", "skip", "off")
+        _require(
+            self.policy in policies, f"guard.policy must be one of {', '.join(policies)}, got {self.policy!r}"
+        )
+        _require(self.spike is None or self.spike > 0, f"guard.spike must be > 0 or none, got {self.spike}")
+        _require(self.window >= 4, f"guard.window must be >= 4, got {self.window}")
+        _require(self.max_skips >= 1, f"guard.max_skips must be >= 1, got {self.max_skips}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,6 +231,19 @@ class Recipe:
     schedule: Schedule = field(default_factory=Schedule)
     compute: Literal["float32", "bfloat16"] = "float32"
     """bfloat16: autocast; the trained weights stay float32."""
+    checkpointing: Literal["none", "vision", "language", "all"] = "none"
+    """Whose layers are computed again in the backward pass, in the place of keeping their activations; same result."""
+    compile: bool = False
+    """Compile the encoder's layers and the decoder's feed-forwards; needs a compiler, and changes the last bits."""
+    drop_path: float | None = None
+    """Stochastic depth of the encoder: the last layer's rate (the first one's is 0); None leaves the model's own."""
+    lora: Lora = field(default_factory=Lora)
+    """Adapters on the decoder; they freeze word table and output matrix too."""
+    vision_lora: Lora = field(default_factory=Lora)
+    """Adapters on the encoder."""
+    guard: Guard = field(default_factory=Guard)
+    writers: tuple[str, ...] = ()
+    """Where metrics go beside ``metrics.jsonl``: tensorboard, wandb, trackio."""
     seed: int = 0
     log_every: int = 1
     eval_every: int = 0
@@ -181,11 +266,30 @@ class Recipe:
             self.compute in ("float32", "bfloat16"),
             f"recipe.compute must be float32 or bfloat16, got {self.compute!r}",
         )
+        choices = ("none", "vision", "language", "all")
+        _require(
+            self.checkpointing in choices,
+            f"recipe.checkpointing must be one of {', '.join(choices)}, got {self.checkpointing!r}",
+        )
+        _require(
+            self.drop_path is None or 0 <= self.drop_path < 1,
+            f"recipe.drop_path must lie in [0, 1) or be none, got {self.drop_path}",
+        )
+        for name in self.writers:
+            _require(
+                name in WRITERS, f"recipe.writers: no writer {name!r}; there are {', '.join(WRITERS)}"
+            )
 
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ConfigError(message)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return ", did you mean 'x'?" for the nearest known word, "" where none is near."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f", did you mean {near[0]!r}?" if near else ""
 
 
 # --- the tree as plain data -----------------------------------------------------------------------------------
@@ -248,7 +352,8 @@ def _set(node: Any, path: Sequence[str], text: str, full: str) -> Any:
     names = [f.name for f in dataclasses.fields(node)]
     if path[0] not in names:
         raise UsageError(
-            f"--set {full}: {type(node).__name__} has no field {path[0]!r}; it has {', '.join(names)}"
+            f"--set {full}: {type(node).__name__} has no field {path[0]!r}{did_you_mean(path[0], names)}; "
+            f"it has {', '.join(names)}"
         )
     current = getattr(node, path[0])
     if len(path) > 1:
