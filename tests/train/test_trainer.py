@@ -17,11 +17,12 @@ from tests.train.tiny_run import BlobData, tiny
 from torch import nn
 
 from chiasm.errors import ConfigError, UsageError
+from chiasm.train.feed import MixtureFeed
 from chiasm.train.objective import Objective
 from chiasm.train.optim import make_optimizers, named_parameters, trainable
 from chiasm.train.progress import Progress
 from chiasm.train.recipe import Group, Optim, Schedule
-from chiasm.train.run import RunFolder
+from chiasm.train.run import CLOCKS, RunFolder
 from chiasm.train.trainer import Trainer, TrainingError, build_parts
 
 
@@ -33,8 +34,7 @@ def quiet(recipe, folder, **options):
 
 def curve(folder):
     """Metrics without the clocks."""
-    clocks = ("seconds", "cpu_seconds")
-    return [{k: v for k, v in row.items() if k not in clocks} for row in RunFolder.open(folder).metrics()]
+    return [{k: v for k, v in row.items() if k not in CLOCKS} for row in RunFolder.open(folder).metrics()]
 
 
 def same_end(a: Path, b: Path):
@@ -75,7 +75,7 @@ def test_kill_9_and_resume_gives_the_same_curve(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_save_and_leave_in_peace(tmp_path, number):
-    trainer = quiet(tiny(), tmp_path / "run")
+    trainer = quiet(tiny(), tmp_path / "run", loaders=0)
     fetch = trainer.source.fetch
 
     def interrupted(draws, random):
@@ -95,7 +95,7 @@ def test_signals_save_and_leave_in_peace(tmp_path, number):
 def _start(folder):
     code = "import sys; from tests.train import tiny_run as t; t.main(sys.argv[1], t.slow_tiny())"
     root = Path(__file__).parents[2]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{root}{os.pathsep}{root / 'src'}"}
     command = [sys.executable, "-c", code, str(folder)]
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
@@ -130,7 +130,7 @@ def test_accumulation_equals_one_batch(tmp_path):
     for accumulate in (1, 2, 3):
         recipe = tiny(accumulate=accumulate, steps=4)
         trainer = quiet(recipe, tmp_path / f"a{accumulate}")
-        trainer.source = Plain()
+        trainer.feed = MixtureFeed(Plain(), recipe)
         trainer.model[1], trainer.model[3] = nn.Identity(), nn.Identity()
         trainer.fit()
         losses.append([row["loss"] for row in curve(tmp_path / f"a{accumulate}") if "loss" in row])

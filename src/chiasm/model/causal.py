@@ -65,6 +65,17 @@ class CausalVLM(nn.Module):
         embedded = self.embedder(sequence)
         return self.head.loss(self._trunk(embedded, sequence), sequence, embedded.features)  # type: ignore[operator]
 
+    def document_losses(self, sequence: Sequence) -> Tensor:
+        """(docs,) float32: the mean loss of every document of a packed sequence, from one pass."""
+        sequence = sequence.to(self.device)
+        embedded = self.embedder(sequence)
+        hidden = self._trunk(embedded, sequence).split(sequence.segments().lengths)
+        losses = [
+            self.head.loss(rows_TC, document, embedded.features).mean  # type: ignore[operator]
+            for rows_TC, document in zip(hidden, sequence.split(), strict=True)
+        ]
+        return torch.stack(losses).float()
+
     def _trunk(self, embedded: Embedded, sequence: Sequence, cache: ModelCache | None = None) -> Tensor:
         return self.trunk(
             embedded.x_TC,

@@ -1,12 +1,15 @@
 """From parameters to optimisers: what is trained, which of it decays, and its state as plain tensors.
 
-What: ``trainable`` (freeze patterns), ``make_optimizers`` (AdamW and Muon, by groups), ``optimizer_tensors`` and
-``load_optimizer_tensors`` (state by parameter name, so that checkpoints need no pickle and survive a reordering).
+What: ``trainable`` (train and freeze patterns), ``depth_factors`` (layer-wise learning rates), ``make_optimizers`` (AdamW
+and Muon, by groups), ``optimizer_tensors`` and ``load_optimizer_tensors`` (state by parameter name, so that checkpoints
+need no pickle and survive a reordering).
+Source: layer-wise decay as in BEiT (arXiv 2106.08254), which the encoder's public fine-tunings follow.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -16,7 +19,17 @@ from torch import Tensor, nn
 from chiasm.errors import CheckpointError, ConfigError
 from chiasm.train.recipe import Optim
 
-__all__ = ["load_optimizer_tensors", "make_optimizers", "named_parameters", "optimizer_tensors", "trainable"]
+__all__ = [
+    "depth_factors",
+    "load_optimizer_tensors",
+    "make_optimizers",
+    "named_parameters",
+    "optimizer_tensors",
+    "trainable",
+]
+
+_VISION = re.compile(r"(?:.*\.)?vision\.(?:layers\.(?P<layer>\d+)\.)?")
+_LANGUAGE = re.compile(r"trunk\.layers\.(?P<layer>\d+)\.|(?P<words>embedder\.words\.)")
 
 
 def named_parameters(model: nn.Module, objective: nn.Module) -> dict[str, nn.Parameter]:
@@ -26,41 +39,71 @@ def named_parameters(model: nn.Module, objective: nn.Module) -> dict[str, nn.Par
 
 
 def trainable(model: nn.Module, objective: nn.Module, optim: Optim) -> dict[str, nn.Parameter]:
-    """Freeze what ``optim.freeze`` matches and return the parameters that are left, by name.
+    """Freeze what ``optim.train`` does not match or ``optim.freeze`` does; return the parameters that are left, by name.
 
-    Parameters that do not require a gradient already (the base of a LoRA layer) stay frozen.
+    Parameters that do not require a gradient already (the base of a LoRA layer) stay frozen. LoRA matrices need no match
+    of ``optim.train``.
 
     Raises:
         ConfigError: a pattern matches nothing, or nothing is left to train.
     """
     everything = named_parameters(model, objective)
-    for pattern in (*optim.freeze, *(g.pattern for g in optim.groups)):
+    for pattern in (*optim.train, *optim.freeze, *(g.pattern for g in optim.groups)):
         if not any(fnmatchcase(name, pattern) for name in everything):
             some = ", ".join(list(everything)[:3])
             raise ConfigError(f"pattern {pattern!r} matches no parameter; names look like {some}")
     for name, parameter in everything.items():
-        if any(fnmatchcase(name, pattern) for pattern in optim.freeze):
+        chosen = not optim.train or any(fnmatchcase(name, pattern) for pattern in optim.train)
+        chosen = chosen or name.endswith((".lora_A", ".lora_B"))
+        if not chosen or any(fnmatchcase(name, pattern) for pattern in optim.freeze):
             parameter.requires_grad_(False)
     left = {name: p for name, p in everything.items() if p.requires_grad}
     if not left:
-        raise ConfigError("every parameter is frozen: loosen optim.freeze")
+        raise ConfigError("every parameter is frozen: loosen optim.freeze or optim.train")
     return left
 
 
-def make_optimizers(parameters: Mapping[str, nn.Parameter], optim: Optim) -> list[torch.optim.Optimizer]:
+def depth_factors(names: Iterable[str], optim: Optim) -> dict[str, float]:
+    """Return the factor of each parameter's learning rate by its depth; 1 where ``optim`` decays nothing.
+
+    With L layers and decay d, layer i of 0 … L - 1 has d ** (L - i), what lies below the layers (patch and position
+    embedding, word table) d ** (L + 1), and all else 1.
+
+    Args:
+        names: of *all* parameters of the model, also frozen ones, so that L is known.
+        optim: its ``vision_decay`` and ``language_decay``.
+    """
+    names = list(names)
+    out = dict.fromkeys(names, 1.0)
+    for decay, pattern in ((optim.vision_decay, _VISION), (optim.language_decay, _LANGUAGE)):
+        if decay == 1.0:
+            continue
+        found = {name: match for name in names if (match := pattern.match(name))}
+        depth = {name: -1 if m["layer"] is None else int(m["layer"]) for name, m in found.items()}
+        layers = 1 + max(depth.values(), default=-1)
+        out |= {name: decay ** (layers - layer) for name, layer in depth.items()}
+    return out
+
+
+def make_optimizers(
+    parameters: Mapping[str, nn.Parameter], optim: Optim, everything: Iterable[str] = ()
+) -> list[torch.optim.Optimizer]:
     """Return AdamW and, where groups ask for it, Muon over the parameters.
 
+    ``everything`` are the names of all parameters, for ``depth_factors``; by default those of ``parameters``.
     Each of their groups carries ``scale``, its factor on the scheduled learning rate, and ``names``, its parameters'
     names. Muon's update is scaled to AdamW's typical size, so that one learning rate serves both.
     """
     buckets: dict[tuple[str, float, float], list[str]] = {}
+    factors = depth_factors(list(everything) or parameters, optim)
     for name, parameter in parameters.items():
         group = next((g for g in optim.groups if fnmatchcase(name, g.pattern)), None)
         decay = 0.0 if sum(size > 1 for size in parameter.shape) <= 1 else optim.weight_decay
         if group is not None and group.weight_decay is not None:
             decay = group.weight_decay
         kind = "muon" if group is not None and group.optimizer == "muon" and parameter.dim() == 2 else "adamw"
-        buckets.setdefault((kind, group.lr_scale if group else 1.0, decay), []).append(name)
+        scale = (group.lr_scale if group else 1.0) * factors[name]
+        buckets.setdefault((kind, scale, decay), []).append(name)
     groups: dict[str, list[dict[str, Any]]] = {}
     for (kind, scale, decay), names in buckets.items():
         group = {

@@ -126,7 +126,9 @@ class Optim:
         _require(self.weight_decay >= 0, f"optim.weight_decay must be >= 0, got {self.weight_decay}")
         _require(self.clip is None or self.clip > 0, f"optim.clip must be > 0 or none, got {self.clip}")
         for name in ("vision_decay", "language_decay"):
-            _require(0 < getattr(self, name) <= 1, f"optim.{name} must lie in (0, 1], got {getattr(self, name)}")
+            _require(
+                0 < getattr(self, name) <= 1, f"optim.{name} must lie in (0, 1], got {getattr(self, name)}"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,7 +152,8 @@ class Schedule:
             0 <= self.warmup_ratio < 1, f"schedule.warmup_ratio must lie in [0, 1), got {self.warmup_ratio}"
         )
         _require(
-            not (self.warmup and self.warmup_ratio), "schedule has both warmup and warmup_ratio: give one of them"
+            not (self.warmup and self.warmup_ratio),
+            "schedule has both warmup and warmup_ratio: give one of them",
         )
 
     def factor(self, step: int, steps: int) -> float:
@@ -276,9 +279,7 @@ class Recipe:
             f"recipe.drop_path must lie in [0, 1) or be none, got {self.drop_path}",
         )
         for name in self.writers:
-            _require(
-                name in WRITERS, f"recipe.writers: no writer {name!r}; there are {', '.join(WRITERS)}"
-            )
+            _require(name in WRITERS, f"recipe.writers: no writer {name!r}; there are {', '.join(WRITERS)}")
 
 
 def _require(condition: bool, message: str) -> None:

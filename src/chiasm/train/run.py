@@ -6,7 +6,8 @@ What: ``RunFolder``. Layout of ``runs/<id>/``:
                       ``{"step", "eval": {…}}``
   ``log.txt``         what was said
   ``step-000123/``    a checkpoint after 123 steps: ``weights.safetensors`` (what is trained, and buffers),
-                      ``optimizer.safetensors``, ``state.json``
+                      ``optimizer.safetensors``, ``state.json``; of several processes, folders ``weights`` and
+                      ``optimizer`` with a file of each (``train.shards``), which one process reads as well
 
 A checkpoint is written into a temporary folder, flushed to the disk and renamed, so whatever carries the name
 ``step-…`` is whole. No random state is stored: all randomness of step s is seeded from (seed, s).
@@ -22,21 +23,27 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from chiasm.errors import CheckpointError, UsageError
+from chiasm.train import shards
+from chiasm.train.parallel import World
 from chiasm.train.recipe import Recipe, resolved
 
-__all__ = ["Checkpoint", "RunFolder", "environment"]
+__all__ = ["CLOCKS", "Checkpoint", "RunFolder", "environment"]
+
+CLOCKS = ("seconds", "cpu_seconds", "wait_seconds", "memory_mib")
+"""What a row of metrics says about the machine; all else in it is the same whenever the run is repeated."""
 
 _STEP = re.compile(r"step-(\d{6,})")
 
@@ -153,57 +160,130 @@ class RunFolder:
         """Return the folder of the checkpoint after ``step`` steps."""
         return self.path / f"step-{step:06d}"
 
-    def save(self, checkpoint: Checkpoint) -> Path:
-        """Write a checkpoint atomically and return its folder; one that exists for this step stays as it is."""
-        final = self.folder(checkpoint.step)
-        if final.exists():
-            return final
-        for left in self.path.glob(".partial-*"):  # of a run that was killed while saving
-            shutil.rmtree(left)
-        partial = self.path / f".partial-{checkpoint.step}-{os.getpid()}"
-        partial.mkdir()
-        save_file({k: v.contiguous() for k, v in checkpoint.weights.items()}, partial / "weights.safetensors")
-        save_file(
-            {k: v.contiguous() for k, v in checkpoint.optimizer.items()}, partial / "optimizer.safetensors"
-        )
-        (partial / "state.json").write_text(
-            json.dumps({"step": checkpoint.step} | checkpoint.state, indent=1) + "\n"
-        )
-        for file in partial.iterdir():
-            _sync(file)
-        _sync(partial)
-        os.rename(partial, final)
-        _sync(self.path)
-        return final
+    def save(self, checkpoint: Checkpoint, world: World | None = None) -> Path:
+        """Write a checkpoint atomically and return its folder; one that exists for this step stays as it is.
 
-    def load(self, step: int | None = None) -> Checkpoint:
-        """Read the checkpoint after ``step`` steps, by default the last one.
+        With several processes each of them calls this and writes its part of the tensors, which may be divided.
 
         Raises:
-            CheckpointError: there is none, or a file of it is missing or damaged.
+            CheckpointError: it could not be written; nothing is left of it, and all others are as they were.
         """
+        world = world or World()
+        final = self.folder(checkpoint.step)
+        partial = self.path / f".partial-{checkpoint.step}"
+        if world.tell(final.exists()):
+            return final
+
+        def begin() -> None:
+            if world.main:
+                for left in self.path.glob(".partial-*"):  # of a run that was killed while saving
+                    shutil.rmtree(left)
+                partial.mkdir()
+
+        def fill() -> None:
+            for name, tensors in (("weights", checkpoint.weights), ("optimizer", checkpoint.optimizer)):
+                if world.size > 1:
+                    shards.write(partial / name, tensors)
+                else:
+                    save_file(
+                        {k: v.contiguous() for k, v in tensors.items()}, partial / f"{name}.safetensors"
+                    )
+
+        def finish() -> None:
+            if world.main:
+                content = {"step": checkpoint.step} | checkpoint.state
+                (partial / "state.json").write_text(json.dumps(content, indent=1) + "\n")
+                for file in (*partial.rglob("*"), partial):
+                    _sync(file)
+                os.rename(partial, final)
+                _sync(self.path)
+
+        for work in (begin, fill, finish):
+            failed = None
+            try:
+                work()
+            except (OSError, SafetensorError) as error:
+                failed = " ".join(str(error).split())
+            reasons = [reason for reason in world.share(failed) if reason]
+            if reasons:
+                if world.main:
+                    shutil.rmtree(partial, ignore_errors=True)
+                have = self.checkpoints()
+                left = f"the one of step {have[-1]} is intact" if have else "there is none before it"
+                raise CheckpointError(
+                    f"{self.path}: the checkpoint of step {checkpoint.step} could not be written ({reasons[0]}); "
+                    f"{left}: make room, then --resume"
+                )
+        return final
+
+    def _folder_of(self, step: int | None) -> Path:
         steps = self.checkpoints()
         if not steps or (step is not None and step not in steps):
             have = ", ".join(map(str, steps)) or "none"
             raise CheckpointError(
                 f"{self.path} has no checkpoint{'' if step is None else f' of step {step}'} (has: {have})"
             )
-        folder = self.folder(steps[-1] if step is None else step)
-        try:
+        return self.folder(steps[-1] if step is None else step)
+
+    def load(self, step: int | None = None) -> Checkpoint:
+        """Read the checkpoint after ``step`` steps, by default the last one, whole, however many processes wrote it.
+
+        Raises:
+            CheckpointError: there is none, or a file of it is missing or damaged.
+        """
+        folder = self._folder_of(step)
+        with _damage(folder):
             state = json.loads((folder / "state.json").read_text())
-            weights = load_file(folder / "weights.safetensors")
-            optimizer = load_file(folder / "optimizer.safetensors")
-        except (OSError, json.JSONDecodeError, SafetensorError) as error:
-            raise CheckpointError(
-                f"{folder} is damaged ({error}): delete it to resume from the one before"
-            ) from error
+            weights, optimizer = (
+                shards.read_whole(folder / name)
+                if (folder / name).is_dir()
+                else load_file(folder / f"{name}.safetensors")
+                for name in ("weights", "optimizer")
+            )
         return Checkpoint(step=state["step"], weights=weights, optimizer=optimizer, state=state)
+
+    def load_divided(self, empty: Callable[[str, str, tuple[int, ...], torch.dtype], Tensor]) -> Checkpoint:
+        """Read the last checkpoint into divided tensors: each process its part, all at the same time.
+
+        Args:
+            empty: (``weights`` or ``optimizer``, name, whole shape, dtype) -> the tensor to fill.
+
+        Raises:
+            CheckpointError: as `load`.
+        """
+        folder = self._folder_of(None)
+        with _damage(folder):
+            state = json.loads((folder / "state.json").read_text())
+            read: dict[str, dict[str, Tensor]] = {}
+            for kind in ("weights", "optimizer"):
+                # Of one process there are two files side by side, whose names do not clash.
+                where = folder / kind if (folder / kind).is_dir() else folder
+                known = shards.sizes(where)
+                if where is folder:
+                    with safe_open(folder / f"{kind}.safetensors", framework="pt") as file:
+                        known = {name: known[name] for name in file.keys()}  # noqa: SIM118  # not a mapping
+                into = {name: empty(kind, name, *facts) for name, facts in known.items()}
+                shards.read(where, into, together=True)
+                read[kind] = into
+        return Checkpoint(step=state["step"], state=state, **read)
 
     def prune(self, *, keep_last: int, keep_every: int) -> None:
         """Delete checkpoints that are neither among the last ``keep_last`` nor at a multiple of ``keep_every``."""
         for step in self.checkpoints()[:-keep_last]:
             if not keep_every or step % keep_every:
                 shutil.rmtree(self.folder(step))
+
+
+@contextmanager
+def _damage(folder: Path) -> Iterator[None]:
+    """Say in one line that a checkpoint cannot be read."""
+    try:
+        yield
+    except (OSError, KeyError, ValueError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{folder} is damaged ({reason}): delete it to resume from the one before"
+        ) from error
 
 
 def environment() -> dict[str, Any]:

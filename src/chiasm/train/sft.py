@@ -203,7 +203,8 @@ class Finetune(Objective):
     def loss(self, model: nn.Module, batch: Row) -> Loss:
         """Return the model's own loss of a packed sequence.
 
-        A model whose loss has several parts gets their weighted mean, which micro-batches then average equally.
+        Where it has several parts it comes with them, and with their mean for a trainer that does not know their
+        denominators ahead: micro-batches are then averaged equally.
         """
         if not isinstance(model, CausalVLM):
             raise ConfigError(f"Finetune needs a CausalVLM, got {type(model).__name__}")
@@ -213,7 +214,16 @@ class Finetune(Objective):
             (part,) = parts.values()
             return Loss(total=part.scale * part.total, weight=part.weight, metrics=dict(metrics))
         mean = torch.stack([part.scale * part.mean for part in parts.values()]).sum()
-        return Loss(total=mean, weight=1.0, metrics=dict(metrics))
+        return Loss(total=mean, weight=1.0, metrics=dict(metrics), parts=parts)
+
+    def denominators(self, model: nn.Module, batch: Row) -> dict[str, float] | None:
+        """Return what the model's head says (``head.denominators(sequence)``), None where it has nothing to say."""
+        known = getattr(getattr(model, "head", None), "denominators", None)
+        return None if known is None else {name: float(weight) for name, weight in known(batch).items()}
+
+    def document_losses(self, model: nn.Module, batch: Row) -> Tensor | None:
+        """Return the mean loss of every document."""
+        return model.document_losses(batch) if isinstance(model, CausalVLM) else None
 
     def evaluate(self, model: nn.Module, source: Source) -> dict[str, float]:
         """Return the share of exact answers by family of the dev split."""

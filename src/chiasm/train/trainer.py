@@ -1,43 +1,57 @@
 """The one trainer.
 
-What: ``Trainer`` runs a ``Recipe`` in a ``RunFolder``: sample, forward, backward, clip, step, measure, evaluate,
-save. Single process.
+What: ``Trainer`` runs a ``Recipe`` in a ``RunFolder``: load, forward, backward, clip, step, measure, evaluate, save. It is
+one process, or one of several that share the model (``train.parallel``); it is written for several, and alone costs
+nothing.
 
-Exact resume: nothing that a step depends on lives outside of the checkpoint, the recipe and the step number. Samples
-come from the stateless ``Mixture``; augmentation, dropout and DropPath draw from generators that are seeded anew for
-every step from (seed, step); the learning rate is a function of the step. So a run that was killed and resumed goes
-through the same numbers, to the bit, as one that was not.
+Exact resume: nothing that a step depends on lives outside of the checkpoint, the recipe and the step number. A checkpoint
+holds the feed's and the guard's state of exactly its step; augmentation, dropout and DropPath draw from generators that are
+seeded anew from (seed, step, part); the learning rate is a function of the step. So a run that was killed and resumed
+goes through the same numbers, to the bit, as one that was not. As seeds belong to parts of a step and not to processes, so
+does a run that another number of processes continues, up to the order of additions.
+
+Exact losses: micro-batches give sums and weights, gradients are added over parts and processes, and divided once by the
+weight of the whole step.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import signal
 import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from chiasm.data.mixture import Draw, Mixture, derive_seed, generator
+from chiasm.data.mixture import derive_seed
 from chiasm.errors import CheckpointError, ChiasmError, UsageError
+from chiasm.train.feed import Feed, Loader, Part, Step, open_feed
+from chiasm.train.guard import TrainingError, Watch
+from chiasm.train.meter import Sizes, memory_mib, sizes_of
 from chiasm.train.objective import Loss
-from chiasm.train.optim import load_optimizer_tensors, make_optimizers, optimizer_tensors, trainable
+from chiasm.train.optim import (
+    load_optimizer_tensors,
+    make_optimizers,
+    named_parameters,
+    optimizer_tensors,
+    trainable,
+)
+from chiasm.train.parallel import World, add_replicated, clip_by, gathered, is_divided, shard, total_norm
+from chiasm.train.prepare import prepare
 from chiasm.train.progress import Progress
 from chiasm.train.recipe import Recipe, difference, resolved
 from chiasm.train.run import Checkpoint, RunFolder
+from chiasm.train.writers import Writer, numbers, open_writers
 
 __all__ = ["Result", "Trainer", "TrainingError", "build_parts", "check_workers"]
-
-
-class TrainingError(ChiasmError):
-    """The run cannot go on: the loss or the gradient is not a number."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,15 +73,25 @@ def build_parts(recipe: Recipe) -> tuple[Any, nn.Module, Any]:
         model = recipe.model.build()
         torch.manual_seed(derive_seed(recipe.seed, "objective"))
         objective = recipe.objective.build(model, source)
-    return source, model, objective
+    return source, prepare(model, recipe), objective
 
 
-def check_workers(recipe: Recipe, workers: int, device: str | torch.device) -> None:
-    """Raise UsageError unless so many micro-batches of the recipe can be computed at once on that device."""
-    if not 1 <= workers <= recipe.accumulate or (workers > 1 and torch.device(device).type != "cpu"):
+def check_workers(recipe: Recipe, workers: int, device: str | torch.device, processes: int = 1) -> None:
+    """Raise UsageError unless the recipe can be computed with so many processes, and workers in each."""
+    if recipe.accumulate % processes:
         raise UsageError(
-            f"{workers} workers on {device}: on the CPU give 1 to {recipe.accumulate}, the micro-batches of a step "
-            "(--set accumulate=N makes more); elsewhere 1"
+            f"{processes} processes cannot share a step of {recipe.accumulate} micro-batches evenly: make them "
+            f"--set accumulate={processes * math.ceil(recipe.accumulate / processes)} (recipe.batch is a multiple)"
+        )
+    if processes > 1 and any(group.optimizer == "muon" for group in recipe.optim.groups):
+        raise UsageError(
+            f"{recipe.name} trains with Muon, which needs whole matrices: use one process, or AdamW (optim.groups)"
+        )
+    most = 1 if processes > 1 else recipe.accumulate
+    if not 1 <= workers <= most or (workers > 1 and torch.device(device).type != "cpu"):
+        raise UsageError(
+            f"{workers} workers on {device}: on the CPU give 1 to {most}, the micro-batches of a step "
+            "(--set accumulate=N makes more); elsewhere, and beside other processes, 1"
         )
 
 
@@ -81,15 +105,19 @@ class Trainer:
         workers: micro-batches of a step (``recipe.accumulate``) that are computed at once, each in a thread of its
             own. Their gradients are added in the order of the micro-batches: the result is that of one worker, to
             the bit.
+        loaders: threads that read samples ahead; 0 reads when a step begins, None: as many as workers on the CPU, up
+            to 8 beside a GPU. The result does not depend on it.
+        world: the processes that share the run; each of them makes a Trainer. Its device replaces ``device``.
         progress: how to report; by default a bar on a terminal and plain lines elsewhere, on stderr.
 
     Attributes:
-        model, objective, source: what the recipe described.
+        model, objective, source, feed: what the recipe described.
         step: optimiser steps done.
 
     Raises:
         UsageError: the folder's run was started with a different recipe (the message names the first difference), or
-            there are more workers than micro-batches, or workers beside a GPU.
+            there are more workers than micro-batches, or workers beside a GPU; or processes that cannot share it.
+        CheckpointError: the last checkpoint is damaged or of another model.
     """
 
     def __init__(
@@ -99,25 +127,37 @@ class Trainer:
         *,
         device: str | torch.device = "cpu",
         workers: int = 1,
+        loaders: int | None = None,
+        world: World | None = None,
         progress: Progress | None = None,
     ) -> None:
-        check_workers(recipe, workers, device)
+        self.world = world or World(device=torch.device(device))
+        self.device = self.world.device
+        check_workers(recipe, workers, self.device, self.world.size)
         changed = difference(run.info["recipe"], resolved(recipe))
         if changed:
             raise UsageError(f"{run.path} was started with another recipe ({changed[0]}): start a new run")
-        self.recipe, self.run, self.device, self.workers = recipe, run, torch.device(device), workers
+        self.recipe, self.run, self.workers = recipe, run, workers
+        ahead = workers if self.device.type == "cpu" else min(8, os.cpu_count() or 1)
+        self.loaders = ahead if loaders is None else loaders
         self.source, self.model, self.objective = build_parts(recipe)
         self.model.to(self.device)
         self.objective.to(self.device)
+        if self.world.size > 1:
+            shard(self.model, self.world, bfloat16=recipe.compute == "bfloat16")
         self.parameters = trainable(self.model, self.objective, recipe.optim)
-        self.optimizers = make_optimizers(self.parameters, recipe.optim)
-        self.mixture = Mixture(self.source.sizes, self.source.weights, batch=recipe.batch, seed=recipe.seed)
+        everything = named_parameters(self.model, self.objective)
+        self.optimizers = make_optimizers(self.parameters, recipe.optim, everything)
+        self.feed: Feed = open_feed(self.source, recipe, run)
+        self.watch = Watch(recipe.guard)
         self.progress = progress or Progress(recipe.steps, sys.stderr)
+        self.writers: list[Writer] = []
         self.step = 0
         self.scores: dict[str, float] = {}
-        self._stop = False
+        self._asked = self._stop = False
+        self._feed_state = self.feed.state()
         if run.checkpoints():
-            self._restore(run.load())
+            self._restore()
 
     # --- the loop ---
 
@@ -127,22 +167,42 @@ class Trainer:
         SIGTERM and SIGINT let the current step end, save, and return with ``finished=False``.
 
         Raises:
-            TrainingError: loss or gradient norm is not finite; names the step. Checkpoints stay as they are.
+            TrainingError: the guard stops the run; names the step and its samples. Checkpoints stay as they are.
+            CheckpointError: a checkpoint could not be written; those before it stay as they are.
         """
         recipe, last = self.recipe, min(until or self.recipe.steps, self.recipe.steps)
+        together = f", {self.world.size} processes" if self.world.size > 1 else ""
         self._say(
             f"{recipe.name}: {sum(p.numel() for p in self.parameters.values()):,} trained parameters, "
-            f"{recipe.steps} steps of {recipe.batch}, from step {self.step}, in {self.run.path}"
+            f"{recipe.steps} steps of {recipe.batch}, from step {self.step}, in {self.run.path}{together}"
         )
-        passes = self.mixture.epochs(recipe.steps)
-        self._say("passes over the data: " + ", ".join(f"{name} {n:.3g}" for name, n in passes.items()))
-        with torch.random.fork_rng(devices=[]), self._signals(), self.progress:
+        about = getattr(self.feed, "about", None)
+        if about is not None:
+            self._say(about(recipe.steps))
+        self.feed.restore(self._feed_state)  # an earlier call may have planned further
+        loader = Loader(
+            self.feed,
+            first=self.step,
+            stop=last,
+            parts=self.world.parts(recipe.accumulate),
+            threads=self.loaders,
+        )
+        with (
+            torch.random.fork_rng(devices=[]),
+            self._signals(),
+            self._reports(),
+            loader,
+        ):
+            steps = iter(loader)
             while self.step < last and not self._stop:
-                row = self._train_step()
+                data = self._next(steps)
+                row = self._train_step(data)
                 self.step += 1
-                if self.step % recipe.log_every == 0 or self.step == recipe.steps:
-                    self.run.measure(row)
-                self.progress.update(self.step, row, recipe.batch)
+                self._feed_state = data.state
+                if self.step % recipe.log_every == 0 or self.step == recipe.steps or "loss" not in row:
+                    self._measure(row)
+                if self.world.main:
+                    self.progress.update(self.step, row, recipe.batch)
                 if recipe.eval_every and (self.step % recipe.eval_every == 0 or self.step == recipe.steps):
                     self._evaluate()
                 if self.step % recipe.save_every == 0 or self.step == recipe.steps:
@@ -153,7 +213,22 @@ class Trainer:
             self._say(f"stopped at step {self.step}: continue with --resume {self.run.path}")
         return Result(step=self.step, finished=finished, scores=self.scores)
 
-    def _train_step(self) -> dict[str, Any]:
+    def _next(self, steps: Iterator[Step]) -> Step:
+        """The next step's data; where reading fails in one process, all of them end with its error."""
+        if self.world.size == 1:
+            return next(steps)
+        data: Step | ChiasmError
+        try:
+            data = next(steps)
+        except ChiasmError as error:
+            data = error
+        for failed in self.world.share(data if isinstance(data, ChiasmError) else None):
+            if failed is not None:
+                raise failed
+        assert isinstance(data, Step)
+        return data
+
+    def _train_step(self, data: Step) -> dict[str, Any]:
         """One optimiser step; returns its row of metrics (step counted from 1)."""
         recipe, step, started, worked = self.recipe, self.step, time.perf_counter(), time.process_time()
         rate = recipe.optim.lr * recipe.schedule.factor(step, recipe.steps)
@@ -161,55 +236,117 @@ class Trainer:
             group["lr"] = rate * group["scale"]
         self.model.train()
         self.objective.train()
-        draws = self.mixture.batch_indices(step)
-        losses = self._together(draws) if self.workers > 1 else self._in_turn(draws)
-        weight = max(sum(float(loss.weight) for loss in losses), 1e-12)
-        mean = sum(float(loss.total.detach()) for loss in losses) / weight
+        parts, real = self._whole(data)
+        if not parts:
+            self._say(f"step {step + 1} skipped: none of its samples can be used")
+            return {"step": step + 1, "skipped": "no sample can be used"}
+        denominators = self._denominators(parts, real)
+        losses = (
+            self._together(parts, denominators)
+            if self.workers > 1
+            else self._in_turn(parts, real, denominators)
+        )
+        sizes = sum((sizes_of(part.batch) for part, there in zip(parts, real, strict=True) if there), Sizes())
+        told = self.world.share((_plain(losses), sizes, self._asked))
+        self._stop = any(stop for _, _, stop in told)
+        sums = [loss for losses, _, _ in told for loss in losses]
+        # With denominators known the sums are quotients already.
+        weight = max(sum(weight for _, weight, _ in sums), 1e-12) if denominators is None else 1.0
+        mean = sum(total for total, _, _ in sums) / weight
         norm = self._finish_gradients(1.0 / weight)
-        if not (math.isfinite(mean) and math.isfinite(norm)):
-            raise TrainingError(
-                f"step {step + 1}: loss {mean:g}, gradient norm {norm:g}; lower optim.lr or look at its samples, "
-                f"for example {draws[0][0]} {draws[0][1]}"
-            )
+        complaint = self.watch.complaint(mean, norm)
+        row: dict[str, Any] = {"step": step + 1}
+        if complaint is not None:
+            samples = self._culprits(parts, real)
+            self.watch.decide(step + 1, complaint, samples)
+            self._say(f"step {step + 1} skipped: {complaint}; worst first: {', '.join(samples[:3])}")
+            row |= {"skipped": complaint, "samples": samples}
+        else:
+            for optimizer in self.optimizers:
+                optimizer.step()
+            row |= {"loss": mean, "lr": rate, "grad_norm": norm} | _mean_metrics([m for _, _, m in sums])
         for optimizer in self.optimizers:
-            optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        row = {"step": step + 1, "loss": mean, "lr": rate, "grad_norm": norm} | _mean_metrics(losses)
+        row |= self._amounts(sum((sizes for _, sizes, _ in told), Sizes()), len(data.handles))
         return row | {
-            "seconds": round(time.perf_counter() - started, 4),
+            "seconds": round(time.perf_counter() - started + data.waited, 4),
+            "wait_seconds": round(data.waited, 4),
             "cpu_seconds": round(time.process_time() - worked, 4),
+            "memory_mib": memory_mib(self.device),
         }
 
-    def _in_turn(self, draws: list[Draw]) -> list[Loss]:
+    def _whole(self, data: Step) -> tuple[list[Part], list[bool]]:
+        """The parts to compute, and which of them count.
+
+        Alone, those that hold anything. Processes that share layers compute equally many, so one whose part holds nothing
+        computes a part that another one counts, times zero.
+        """
+        there = [part for part in data.parts if part.batch is not None]
+        told = self.world.share([part.number for part in there])
+        missing = max(map(len, told)) - len(there)
+        if missing:
+            number = next(number for numbers in told for number in numbers)
+            handle = data.handles[number]
+            batch = self.feed.load(handle, step=data.step, part=number)
+            if batch is None:
+                raise TrainingError(
+                    f"step {data.step + 1}: part {number} can be read in one process and not in another"
+                )
+            there += [Part(number=number, handle=handle, batch=batch)] * missing
+        return there, [i < len(there) - missing for i in range(len(there))]
+
+    def _denominators(self, parts: list[Part], real: list[bool]) -> dict[str, float] | None:
+        """The whole step's weight of each part of the loss, where it has several and they are known ahead."""
+        own: dict[str, float] | None = {}
+        for part, there in zip(parts, real, strict=True):
+            known = self.objective.denominators(self.model, part.batch)
+            if known is None:
+                own = None
+                break
+            for name, weight in known.items():
+                own[name] = own.get(name, 0.0) + (weight if there else 0.0)
+        told = self.world.share(own)
+        if any(one is None for one in told):
+            return None
+        names = {name for one in told for name in one}
+        return {name: sum(one.get(name, 0.0) for one in told) for name in names} if len(names) > 1 else None
+
+    def _in_turn(
+        self, parts: list[Part], real: list[bool], denominators: dict[str, float] | None
+    ) -> list[Loss]:
         """Add the gradients of the micro-batches, one after the other."""
         losses = []
-        for part in range(self.recipe.accumulate):
+        for part, there in zip(parts, real, strict=True):
             # Dropout and DropPath draw from the global generators: the only reason why they are seeded here.
-            torch.manual_seed(derive_seed(self.recipe.seed, "step", self.step, part))
-            loss = self._loss(draws, part)
+            torch.manual_seed(derive_seed(self.recipe.seed, "step", self.step, part.number))
+            loss = self._loss(part, denominators)
+            if not there:
+                loss = Loss(total=0.0 * loss.total, weight=0.0)
             loss.total.backward()
             losses.append(loss)
+        if self.world.size > 1:
+            add_replicated(self.objective.parameters(), self.world)
         return losses
 
-    def _together(self, draws: list[Draw]) -> list[Loss]:
+    def _together(self, parts: list[Part], denominators: dict[str, float] | None) -> list[Loss]:
         """Like ``_in_turn``, in threads: none touches a shared gradient, and the sums are made in order afterwards."""
         parameters = list(self.parameters.values())
 
-        def part_of(part: int) -> tuple[Loss, tuple[Tensor | None, ...]]:
-            loss = self._loss(draws, part)
+        def part_of(part: Part) -> tuple[Loss, tuple[Tensor | None, ...]]:
+            loss = self._loss(part, denominators)
             return loss, torch.autograd.grad(loss.total, parameters, allow_unused=True)
 
         torch.manual_seed(derive_seed(self.recipe.seed, "step", self.step, 0))
         state, versions = torch.get_rng_state(), self._buffer_versions()
         with ThreadPoolExecutor(self.workers) as pool:
-            done = list(pool.map(part_of, range(self.recipe.accumulate)))
+            done = list(pool.map(part_of, parts))
         if not torch.equal(state, torch.get_rng_state()) or versions != self._buffer_versions():
             raise TrainingError(
                 f"{self.recipe.name} draws random numbers or keeps statistics while it trains (dropout, DropPath, "
                 "BatchNorm), in an order that threads would change: use one worker"
             )
-        for parameter, *parts in zip(parameters, *(gradients for _, gradients in done), strict=True):
-            there = [gradient for gradient in parts if gradient is not None]
+        for parameter, *gradients in zip(parameters, *(gradients for _, gradients in done), strict=True):
+            there = [gradient for gradient in gradients if gradient is not None]
             # The first may be shared with the graph's buffers (an expanded view): accumulate into a copy.
             parameter.grad = there[0].clone(memory_format=torch.contiguous_format) if there else None
             for gradient in there[1:]:
@@ -220,22 +357,26 @@ class Trainer:
         """How often each buffer was written in place."""
         return [b._version for module in (self.model, self.objective) for b in module.buffers()]
 
-    def _loss(self, draws: list[Draw], part: int) -> Loss:
+    def _loss(self, part: Part, denominators: dict[str, float] | None = None) -> Loss:
         """Return the loss of one micro-batch of the step."""
-        recipe = self.recipe
-        size = recipe.batch // recipe.accumulate
-        batch = self.source.fetch(
-            draws[part * size : (part + 1) * size], generator(recipe.seed, "augment", self.step, part)
-        ).to(self.device)
+        assert part.batch is not None
+        batch = part.batch.to(self.device)
+        with self._autocast():
+            loss = self.objective.loss(self.model, batch)
+        if denominators is None:
+            return loss
+        shares = [p.scale * p.total / max(denominators[name], 1e-12) for name, p in loss.parts.items()]
+        return replace(loss, total=torch.stack(shares).sum())
+
+    def _autocast(self) -> torch.autocast:
         # Autocast keeps its casts of weights in one cache for all threads, which any thread that leaves empties: with
         # it, in which precision the gradients of a weight used twice are added would depend on the other threads.
-        with torch.autocast(
+        return torch.autocast(
             self.device.type,
             torch.bfloat16,
-            enabled=recipe.compute == "bfloat16",
+            enabled=self.recipe.compute == "bfloat16",
             cache_enabled=self.device.type != "cpu",
-        ):
-            return self.objective.loss(self.model, batch)
+        )
 
     def _finish_gradients(self, scale: float) -> float:
         """Turn the gradient of the sum into that of the mean, clip it, and return its norm before clipping."""
@@ -246,21 +387,61 @@ class Trainer:
             )
         for gradient in gradients:
             gradient.mul_(scale)
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = total_norm(gradients)
         if self.recipe.optim.clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(list(self.parameters.values()), self.recipe.optim.clip, norm)
+            clip_by(self.parameters.values(), self.recipe.optim.clip, norm)
         return float(norm)
+
+    @torch.no_grad()
+    def _culprits(self, parts: list[Part], real: list[bool]) -> list[str]:
+        """The step's samples with their losses, worst first: computed again, by document where the objective can."""
+        self.model.eval()
+        self.objective.eval()
+        found: list[tuple[float, str]] = []
+        for part, there in zip(parts, real, strict=True):
+            names = self.feed.names(part.handle)
+            assert part.batch is not None
+            with self._autocast(), gathered(self.model):
+                each = self.objective.document_losses(self.model, part.batch.to(self.device))
+                if each is None or len(each) != len(names):
+                    loss = self.objective.loss(self.model, part.batch.to(self.device))
+                    mean = float(loss.total) / max(float(loss.weight), 1e-12)
+                    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+                    each, names = (
+                        torch.tensor([mean]),
+                        [f"{names[0]}{more}" if names else f"part {part.number}"],
+                    )
+            if there:
+                found += zip(each.tolist(), names, strict=True)
+        found = [pair for pairs in self.world.share(found) for pair in pairs]
+        found.sort(key=lambda pair: -math.inf if math.isnan(pair[0]) else -pair[0])
+        return [f"{name} (loss {loss:.4g})" for loss, name in found[:5]]
 
     @torch.no_grad()
     def _evaluate(self) -> None:
         self.model.eval()
         self.objective.eval()
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.compute == "bfloat16"):
+        with (
+            torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.compute == "bfloat16"),
+            gathered(self.model),
+        ):
             scores = self.objective.evaluate(self.model, self.source)
         if scores:
             self.scores = {name: round(float(value), 6) for name, value in scores.items()}
-            self.run.measure({"step": self.step, "eval": self.scores})
+            self._measure({"step": self.step, "eval": self.scores})
             self._say(f"step {self.step} dev " + " ".join(f"{k} {v:.4g}" for k, v in self.scores.items()))
+
+    def _amounts(self, sizes: Sizes, parts: int) -> dict[str, Any]:
+        """What the step held, where its batches can tell."""
+        if not sizes.tokens:
+            return {}
+        row: dict[str, Any] = {"tokens": sizes.tokens, "learned": sizes.learned, "tiles": sizes.tiles}
+        row["docs"] = sizes.docs
+        capacity = getattr(self.feed, "capacity", None) or {}
+        for name, have in (("tokens", sizes.tokens), ("tiles", sizes.tiles)):
+            if capacity.get(name):
+                row["fill" if name == "tokens" else "tile_fill"] = round(have / (capacity[name] * parts), 4)
+        return row
 
     # --- checkpoints ---
 
@@ -274,17 +455,29 @@ class Trainer:
         return tensors
 
     def _save(self) -> None:
-        weights = {name: t.detach().cpu().clone() for name, t in self.state_tensors().items()}
-        state = {"samples": self.step * self.recipe.batch, "scores": self.scores}
+        weights = {name: t.detach() for name, t in self.state_tensors().items()}
+        if self.world.size == 1:
+            weights = {name: t.cpu().clone() for name, t in weights.items()}
+        state = {
+            "samples": self.step * self.recipe.batch,
+            "scores": self.scores,
+            "feed": self._feed_state,
+            "guard": self.watch.state(),
+        }
         checkpoint = Checkpoint(
             step=self.step, weights=weights, optimizer=optimizer_tensors(self.optimizers), state=state
         )
-        folder = self.run.save(checkpoint)
-        self.run.prune(keep_last=self.recipe.keep_last, keep_every=self.recipe.keep_every)
-        self.run.log(f"saved {folder.name}")
+        folder = self.run.save(checkpoint, self.world)
+        if self.world.main:
+            self.run.prune(keep_last=self.recipe.keep_last, keep_every=self.recipe.keep_every)
+            self.run.log(f"saved {folder.name}")
 
-    def _restore(self, checkpoint: Checkpoint) -> None:
+    def _restore(self) -> None:
         targets = self.state_tensors()
+        if self.world.size == 1:
+            checkpoint = self.run.load()
+        else:
+            checkpoint = self.run.load_divided(lambda *facts: self._empty(targets, *facts))
         if targets.keys() != checkpoint.weights.keys():
             odd = sorted(targets.keys() ^ checkpoint.weights.keys())[0]
             raise CheckpointError(
@@ -300,22 +493,56 @@ class Trainer:
                 target.copy_(saved)
         load_optimizer_tensors(self.optimizers, checkpoint.optimizer)
         self.step, self.scores = checkpoint.step, checkpoint.state.get("scores", {})
-        self.run.rewind(self.step)
+        self._feed_state = checkpoint.state.get("feed", {})
+        self.feed.restore(self._feed_state)
+        self.watch.restore(checkpoint.state.get("guard", {}))
+        if self.world.main:
+            self.run.rewind(self.step)
+
+    def _empty(
+        self, targets: dict[str, Tensor], kind: str, name: str, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> Tensor:
+        """A tensor to read a checkpoint's into, divided like the parameter that it belongs to."""
+        like = targets.get(name if kind == "weights" else name.rpartition("/")[0])
+        if like is not None and is_divided(like) and tuple(like.shape) == shape:
+            return torch.empty_like(like, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device=self.device if len(shape) else "cpu")
 
     # --- the outside world ---
 
     def _say(self, line: str) -> None:
-        self.run.log(line)
-        self.progress.say(line)
+        if self.world.main:
+            self.run.log(line)
+            self.progress.say(line)
+
+    def _measure(self, row: dict[str, Any]) -> None:
+        if self.world.main:
+            self.run.measure(row)
+            for writer in self.writers:
+                writer.row(row["step"], numbers(row))
+
+    @contextmanager
+    def _reports(self) -> Iterator[None]:
+        """Progress and writers, of the main process."""
+        if not self.world.main:
+            yield
+            return
+        with ExitStack() as stack:
+            config = resolved(self.recipe)
+            self.writers = open_writers(self.recipe.writers, self.run.path, config, first=self.step + 1)
+            for writer in self.writers:
+                stack.callback(writer.close)
+            stack.enter_context(self.progress)
+            yield
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
         """Let SIGTERM and SIGINT ask for a clean stop; elsewhere than in the main thread they stay as they are."""
 
         def ask(number: int, frame: FrameType | None) -> None:
-            self._stop = True
+            self._asked = True
 
-        self._stop = False
+        self._asked = self._stop = False
         before = {}
         try:
             for number in (signal.SIGTERM, signal.SIGINT):
@@ -329,12 +556,24 @@ class Trainer:
                 signal.signal(number, handler)
 
 
-def _mean_metrics(losses: list[Loss]) -> dict[str, float]:
+def _plain(losses: list[Loss]) -> list[tuple[float, float, dict[str, tuple[float, float]]]]:
+    """(Sum, weight, metrics) of each loss as numbers."""
+    return [
+        (
+            float(loss.total.detach()),
+            float(loss.weight),
+            {name: (float(total), float(count)) for name, (total, count) in loss.metrics.items()},
+        )
+        for loss in losses
+    ]
+
+
+def _mean_metrics(metrics: list[dict[str, tuple[float, float]]]) -> dict[str, float]:
     """Merge the (sum, count) metrics of micro-batches into means; a metric that counted nothing is left out."""
     sums: dict[str, list[float]] = {}
-    for loss in losses:
-        for name, (total, count) in loss.metrics.items():
+    for one in metrics:
+        for name, (total, count) in one.items():
             into = sums.setdefault(name, [0.0, 0.0])
-            into[0] += float(total)
-            into[1] += float(count)
+            into[0] += total
+            into[1] += count
     return {name: total / count for name, (total, count) in sums.items() if count}

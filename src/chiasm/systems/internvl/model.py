@@ -29,6 +29,8 @@ class InternVLEmbedder(nn.Module):
     """Words from the table, rows of images and of video frames from the encoder, to which both are the same.
 
     `features`, when set, remembers encoded images by content (inference only).
+    `lockstep`, when set, encodes exactly once in every training pass, be it a blank tile that counts nothing: processes
+    that share the encoder's weights must run its layers equally often.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class InternVLEmbedder(nn.Module):
         self.words, self.vision, self.compress, self.connect = words, vision, compress, connect
         self.policy, self.select_layer = policy, select_layer
         self.features: FeatureCache | None = None
+        self.lockstep = False
 
     def encode(self, tiles_N3SS: Tensor) -> Tensor:
         """(N, 3, S, S) uint8 tiles -> (N, K, C) tokens."""
@@ -59,6 +62,8 @@ class InternVLEmbedder(nn.Module):
     def forward(self, sequence: Sequence, cache: ModelCache | None = None) -> Embedded:
         """(T,) positions -> (T, C) rows."""
         x_TC = self.words(sequence.ids_T)
+        if self.lockstep and torch.is_grad_enabled():
+            return Embedded(self._in_lockstep(x_TC, sequence))
         store = None if torch.is_grad_enabled() else self.features
         if store is not None and sequence.spans:
             store.bind(self)
@@ -66,6 +71,25 @@ class InternVLEmbedder(nn.Module):
             pair for media in ("image", "video") for pair in encode_spans(sequence, media, self.encode, store)
         ]
         return Embedded(overwrite_rows(x_TC, seen))
+
+    def _in_lockstep(self, x_TC: Tensor, sequence: Sequence) -> Tensor:
+        """Rows with all media encoded in one call, whatever their number."""
+        kinds = [media for media in ("image", "video") if sequence.spans_of(media)]
+        if not kinds:
+            side = self.policy.image_size
+            blank_13SS = torch.zeros(1, 3, side, side, dtype=torch.uint8, device=x_TC.device)
+            # The draws of DropPath for the blank tile must not shift those that follow.
+            with torch.random.fork_rng(devices=[x_TC.device] if x_TC.is_cuda else []):
+                return x_TC + 0.0 * self.encode(blank_13SS).sum().to(x_TC.dtype)
+        tiles_N3SS = torch.cat([sequence.media[media].data for media in kinds])
+        encoded_NKC = self.encode(tiles_N3SS)
+        seen, before = [], 0
+        for media in kinds:
+            for s in sequence.spans_of(media):
+                items = encoded_NKC[before + s.first : before + s.first + s.items]
+                seen.append((s, items.flatten(0, 1)))
+            before += len(sequence.media[media])
+        return overwrite_rows(x_TC, seen)
 
 
 def build_internvl(config: InternVLConfig, *, generator: torch.Generator | None = None) -> CausalVLM:
