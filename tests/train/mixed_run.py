@@ -35,7 +35,10 @@ class MixedSource(ChatSource):
     def document(self, sample, image_SS3=None):
         if len(sample.question) % 2:
             return super().document(sample, image_SS3)
-        turns = [{"role": "user", "content": sample.question}, {"role": "assistant", "content": sample.answer}]
+        turns = [
+            {"role": "user", "content": sample.question},
+            {"role": "assistant", "content": sample.answer},
+        ]
         return layout(turns, self.spec, train=True)
 
     def feed(self, recipe, run):

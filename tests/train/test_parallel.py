@@ -62,7 +62,11 @@ def test_two_processes_give_the_curve_of_one_and_their_checkpoints_change_hands(
     for other in (two, back, forth):
         close(other, one)
         same_tensors(other, one, rtol=1e-4, atol=1e-5)
-    assert sorted(p.name for p in RunFolder.open(two).folder(6).iterdir()) == ["optimizer", "state.json", "weights"]
+    assert sorted(p.name for p in RunFolder.open(two).folder(6).iterdir()) == [
+        "optimizer",
+        "state.json",
+        "weights",
+    ]
     rows = curve(two)
     assert rows[2]["skipped"]  # no part of this step could be read
     assert "loss" not in rows[2]

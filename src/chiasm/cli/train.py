@@ -2,6 +2,9 @@
 
 A recipe is named ``system/function`` (``internvl/debug``) or ``./file.py:function`` (the user's own). The folder of
 the run is printed on stdout; what happens goes to stderr.
+
+Several GPUs or machines: ``torchrun --nproc-per-node 8 -m chiasm train RECIPE --device cuda``. Each process is told by
+torchrun which one it is; the first one writes and speaks.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from chiasm.errors import UsageError
+from chiasm.errors import ChiasmError, UsageError
 
 if TYPE_CHECKING:
     from chiasm.train.recipe import Recipe
@@ -40,15 +44,20 @@ def find_recipe(reference: str) -> Callable[[], Recipe]:
         if not callable(found):
             raise UsageError(f"{file} has no function {function!r} that returns a recipe")
         return cast("Callable[[], Recipe]", found)
+    from chiasm.train.recipe import did_you_mean
+
     system, _, function = reference.partition("/")
     if system not in RECIPE_HOMES:
         raise UsageError(
-            f"no recipe {reference!r}: name it system/function with a system of {', '.join(RECIPE_HOMES)}, "
-            "or ./file.py:function"
+            f"no recipe {reference!r}{did_you_mean(system, RECIPE_HOMES)}: name it system/function with a system of "
+            f"{', '.join(RECIPE_HOMES)}, or ./file.py:function"
         )
     module = importlib.import_module(RECIPE_HOMES[system])
     if function not in module.__all__:
-        raise UsageError(f"system {system!r} has no recipe {function!r}; it has {', '.join(module.__all__)}")
+        near = did_you_mean(function, module.__all__)
+        raise UsageError(
+            f"system {system!r} has no recipe {function!r}{near}; it has {', '.join(module.__all__)}"
+        )
     return getattr(module, function)
 
 
@@ -72,9 +81,12 @@ def train(
     device: str = "cpu",
     threads: int | None = None,
     workers: int = 1,
+    loaders: int | None = None,
     until: int | None = None,
 ) -> Path:
     """Start a recipe or resume a run; return the run folder once it is finished or was asked to stop.
+
+    Started by torchrun, the processes share the run.
 
     Args:
         recipe: name of the recipe; not given with ``resume``.
@@ -85,6 +97,7 @@ def train(
         device: where to train.
         threads: of PyTorch on the CPU, for each worker.
         workers: micro-batches of a step that are computed at once.
+        loaders: threads that read samples ahead; see ``Trainer``.
         until: stop after this step, to be resumed.
 
     Raises:
@@ -92,6 +105,7 @@ def train(
     """
     import torch
 
+    from chiasm.train.parallel import join, leave
     from chiasm.train.recipe import apply_overrides
     from chiasm.train.run import RunFolder
     from chiasm.train.trainer import Trainer, check_workers
@@ -101,14 +115,27 @@ def train(
     if threads is not None:
         torch.set_num_threads(threads)
     if resume is not None:
-        run = RunFolder.open(resume)
-        recipe, overrides = run.info["reference"], tuple(run.info["overrides"])
-        tree = apply_overrides(find_recipe(str(recipe))(), overrides)
-    else:
-        tree = apply_overrides(find_recipe(str(recipe))(), overrides)
-        check_workers(tree, workers, device)  # a refusal leaves no folder behind
-        run = RunFolder.create(runs, tree, run_id=run_id, reference=str(recipe), overrides=tuple(overrides))
-    Trainer(tree, run, device=device, workers=workers).fit(until=until)
+        info = RunFolder.open(resume).info
+        recipe, overrides = info["reference"], tuple(info["overrides"])
+    tree = apply_overrides(find_recipe(str(recipe))(), overrides)
+    world = join(device)
+    try:
+        check_workers(tree, workers, world.device, world.size)  # a refusal leaves no folder behind
+        begun: Path | ChiasmError | None = resume
+        if resume is None and world.main:
+            try:
+                begun = RunFolder.create(
+                    runs, tree, run_id=run_id, reference=str(recipe), overrides=tuple(overrides)
+                ).path
+            except ChiasmError as error:
+                begun = error
+        begun = world.tell(begun)  # the name of a new run holds the time of the first process
+        if isinstance(begun, ChiasmError):
+            raise begun
+        run = RunFolder.open(cast("Path", begun))
+        Trainer(tree, run, workers=workers, loaders=loaders, world=world).fit(until=until)
+    finally:
+        leave(world)
     return run.path
 
 
@@ -127,6 +154,10 @@ def train_command(
     workers: Annotated[
         int, typer.Option(help="Micro-batches computed at once (CPU; best with --threads 1; same result).")
     ] = 1,
+    loaders: Annotated[
+        int | None,
+        typer.Option(help="Threads that read samples ahead; 0: none (same result).", show_default=False),
+    ] = None,
     until: Annotated[int | None, typer.Option(help="Stop after this step, to be resumed.")] = None,
     seed: Annotated[int | None, typer.Option(help="Same as --set seed=N.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
@@ -142,8 +173,11 @@ def train_command(
         device=device,
         threads=threads,
         workers=workers,
+        loaders=loaders,
         until=until,
     )
+    if os.environ.get("RANK", "0") != "0":  # the first process speaks
+        return
     if not as_json:
         print(path)
         return

@@ -85,9 +85,14 @@ def join(device: str | torch.device = "cpu") -> World:
         device: ``cpu`` or ``cuda``; on several GPUs each process takes its own.
 
     Raises:
-        UsageError: torchrun has started more processes on this machine than it has GPUs.
+        UsageError: there is no such device, or torchrun has started more processes on this machine than it has GPUs.
     """
-    device = torch.device(device)
+    try:
+        device = torch.device(device)
+    except RuntimeError:
+        raise UsageError(f"no device {device!r}: give cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError("no GPU that PyTorch can use: give --device cpu, or install a CUDA build of PyTorch")
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1 or "RANK" not in os.environ:
         return World(device=device)

@@ -76,7 +76,9 @@ class Progress:
         sums = self._sums
         said = [f"loss {self._loss:.4f}"]
         if sums.get("tokens"):
-            said.append(f"{_short(sums['tokens'] / seconds)} tokens/s ({_short(sums['learned'] / seconds)} learned)")
+            said.append(
+                f"{_short(sums['tokens'] / seconds)} tokens/s ({_short(sums['learned'] / seconds)} learned)"
+            )
         else:
             said.append(f"{self._samples / seconds:.1f} samples/s")
         if sums.get("tiles"):

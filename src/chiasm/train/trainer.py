@@ -155,6 +155,7 @@ class Trainer:
         self.step = 0
         self.scores: dict[str, float] = {}
         self._asked = self._stop = False
+        self._barren = 0
         self._feed_state = self.feed.state()
         if run.checkpoints():
             self._restore()
@@ -322,7 +323,8 @@ class Trainer:
             loss = self._loss(part, denominators)
             if not there:
                 loss = Loss(total=0.0 * loss.total, weight=0.0)
-            loss.total.backward()
+            if loss.total.requires_grad:  # not where only the projector is trained and there are no pictures
+                loss.total.backward()
             losses.append(loss)
         if self.world.size > 1:
             add_replicated(self.objective.parameters(), self.world)
@@ -334,6 +336,8 @@ class Trainer:
 
         def part_of(part: Part) -> tuple[Loss, tuple[Tensor | None, ...]]:
             loss = self._loss(part, denominators)
+            if not loss.total.requires_grad:
+                return loss, (None,) * len(parameters)
             return loss, torch.autograd.grad(loss.total, parameters, allow_unused=True)
 
         torch.manual_seed(derive_seed(self.recipe.seed, "step", self.step, 0))
@@ -382,9 +386,17 @@ class Trainer:
         """Turn the gradient of the sum into that of the mean, clip it, and return its norm before clipping."""
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         if not gradients:
-            raise TrainingError(
-                f"step {self.step + 1}: no trained parameter received a gradient; look at optim.freeze"
-            )
+            # A step of text alone teaches a projector nothing. Ten in a row are no accident.
+            self._barren += 1
+            if self._barren >= 10:
+                raise TrainingError(
+                    f"step {self.step + 1}: for ten steps no trained parameter has received a gradient; look at "
+                    "optim.train and optim.freeze"
+                )
+            for parameter in self.parameters.values():
+                parameter.grad = torch.zeros_like(parameter)
+            return 0.0
+        self._barren = 0
         for gradient in gradients:
             gradient.mul_(scale)
         norm = total_norm(gradients)

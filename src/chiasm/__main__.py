@@ -1,0 +1,6 @@
+"""``python -m chiasm`` is ``chiasm``; torchrun starts it so (``torchrun -m chiasm train …``)."""
+
+from chiasm.cli.app import main
+
+if __name__ == "__main__":
+    main()
