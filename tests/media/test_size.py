@@ -58,3 +58,11 @@ def test_a_bomb_is_refused(tmp_path):
     Image.new("1", (20000, 9000)).save(tmp_path / "x.png")
     with pytest.raises(ImageError, match="more pixels than the limit"):
         image_size(tmp_path / "x.png")
+
+
+def test_bytes_need_no_decoding_either(monkeypatch):
+    buffer = io.BytesIO()
+    Image.new("RGB", (50, 40)).save(buffer, "JPEG", exif=turned(6))
+    monkeypatch.setattr("chiasm.media.size.open_image", lambda *_, **__: pytest.fail("decoded"))
+    assert image_size(buffer.getvalue()) == (40, 50)
+    assert image_size(buffer.getvalue(), orient=False) == (50, 40)

@@ -6,6 +6,7 @@ is always what `open_image` would give; where a header can not promise that, the
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
 
@@ -34,20 +35,23 @@ def image_size(source: ImageSource, *, orient: bool = True) -> tuple[int, int]:
     # A picture without a format was made in memory; another one may still be undecoded.
     if isinstance(source, Image.Image) and (source.format is None or source.format in _PLAIN):
         return _upright(source) if orient else source.size
+    if isinstance(source, bytes | bytearray | memoryview):  # of a shard, say
+        found = _from_header(io.BytesIO(source), orient)
+        if found is not None:
+            return found
     if isinstance(source, str | Path) and not (isinstance(source, str) and is_url(source)):
-        found = _from_header(local_path(source), orient)
+        path = local_path(source)
+        found = _from_header(path, orient) if os.path.isfile(path) else None
         if found is not None:
             return found
     return open_image(source, orient=orient).size
 
 
-def _from_header(path: Path, orient: bool) -> tuple[int, int] | None:
+def _from_header(source: Path | io.BytesIO, orient: bool) -> tuple[int, int] | None:
     """None where the header does not tell, or the file is not as it should be (`open_image` then says why)."""
-    if not os.path.isfile(path):
-        return None
     # Whatever is wrong here, opening the picture finds it again and names it.
     try:
-        with quiet_pillow(), Image.open(path, formats=_PLAIN) as image:
+        with quiet_pillow(), Image.open(source, formats=_PLAIN) as image:
             if image.format not in _PLAIN or not 0 < image.width * image.height <= MAX_PIXELS:
                 return None
             return _upright(image) if orient else image.size
