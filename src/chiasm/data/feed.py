@@ -200,8 +200,7 @@ class PackedFeed:
 
     def _bad(self, name: str, index: int, reason: str) -> None:
         """Leave a sample out; raises what the quarantine raises."""
-        where = self.sets[name].where(index)
-        self.quarantine.add(where, name, reason.removeprefix(where).lstrip(": ") or reason)
+        self.quarantine.add(self.sets[name].where(index), name, reason)
 
     # --- loading ---
 

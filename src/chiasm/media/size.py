@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import io
 import os
+import struct
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from PIL import Image
@@ -62,7 +64,38 @@ def _from_header(source: Path | io.BytesIO, orient: bool) -> tuple[int, int] | N
 def _upright(image: Image.Image) -> tuple[int, int]:
     width, height = image.size
     try:
-        lying = image.getexif().get(_ORIENTATION_TAG, 1) in _LYING
+        lying = _exif(image).get(_ORIENTATION_TAG, 1) in _LYING
     except Exception:  # a damaged EXIF block turns nothing
         lying = False
     return (height, width) if lying else (width, height)
+
+
+def _exif(image: Image.Image) -> Image.Exif:
+    """What `image.getexif()` returns, without decoding a PNG that says nothing behind its pixels.
+
+    Pillow decodes every PNG for it, because EXIF may stand there.
+    """
+    if image.format == "PNG" and not _says_more(getattr(image, "fp", None)):
+        return Image.Image.getexif(image)
+    return image.getexif()
+
+
+def _says_more(file: IO[bytes] | None) -> bool:
+    """Whether a PNG has EXIF or text behind its pixels; True where that is not to be seen."""
+    if file is None:
+        return True
+    before = file.tell()
+    try:
+        file.seek(8)
+        pixels = False
+        while len(head := file.read(8)) == 8:
+            length, kind = struct.unpack(">I4s", head)
+            if kind == b"IEND":
+                return False
+            pixels = pixels or kind == b"IDAT"
+            if pixels and kind in (b"eXIf", b"tEXt", b"zTXt", b"iTXt"):
+                return True
+            file.seek(length + 4, os.SEEK_CUR)
+        return True
+    finally:
+        file.seek(before)
