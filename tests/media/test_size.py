@@ -4,7 +4,7 @@ import io
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 from chiasm.errors import ImageError
 from chiasm.media.image import open_image
@@ -58,3 +58,41 @@ def test_a_bomb_is_refused(tmp_path):
     Image.new("1", (20000, 9000)).save(tmp_path / "x.png")
     with pytest.raises(ImageError, match="more pixels than the limit"):
         image_size(tmp_path / "x.png")
+
+
+def test_bytes_need_no_decoding_either(monkeypatch):
+    buffer = io.BytesIO()
+    Image.new("RGB", (50, 40)).save(buffer, "JPEG", exif=turned(6))
+    monkeypatch.setattr("chiasm.media.size.open_image", lambda *_, **__: pytest.fail("decoded"))
+    assert image_size(buffer.getvalue()) == (40, 50)
+    assert image_size(buffer.getvalue(), orient=False) == (50, 40)
+
+
+def chunks(data):
+    at = 8
+    while at < len(data):
+        length = int.from_bytes(data[at : at + 4], "big") + 12
+        yield data[at : at + length]
+        at += length
+
+
+def test_a_png_is_not_decoded_for_its_orientation(tmp_path, monkeypatch):
+    path = tmp_path / "x.png"
+    Image.new("RGB", (5, 3)).save(path, exif=turned(6))
+    kinds = {chunk[4:8]: chunk for chunk in chunks(path.read_bytes())}
+    head = path.read_bytes()[:8]
+    late = head + b"".join(kinds[kind] for kind in (b"IHDR", b"IDAT", b"eXIf", b"IEND"))
+    (tmp_path / "late.png").write_bytes(late)
+    Image.new("RGB", (5, 3)).save(tmp_path / "plain.png")
+    loads = []
+    load = ImageFile.ImageFile.load
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: loads.append(self) or load(self))
+    assert image_size(path) == (3, 5)
+    assert image_size(tmp_path / "plain.png") == (5, 3)
+    assert not loads
+    assert image_size(tmp_path / "late.png") == (3, 5)  # behind the pixels: nothing but decoding finds it
+    assert loads
+    monkeypatch.undo()
+    with Image.open(path) as picture:
+        assert image_size(picture) == (3, 5)
+        assert open_image(picture).size == (3, 5)  # the file is where it was

@@ -16,8 +16,12 @@ Rules
   to be a picture. They are refused by name. Other special tokens in a text (`<|im_end|>`) keep their meaning, as in
   the released code; who serves strangers and does not want that filters them before.
 - Nothing is ever cut off. What does not fit in `max_length` is an error that says what would help.
-- Counting (`count_tokens`) and laying out share all code but the pixels, so they agree on every sequence. What a video
-  has to offer is known from its time stamps; its frames are decoded when it is certain that they fit.
+- Counting (`count_tokens`, `measure`) and laying out share all code but the pixels, so they agree on every sequence.
+  What a video has to offer is known from its time stamps; its frames are decoded when it is certain that they fit.
+
+Training asks for more than inference, sample by sample: another tile limit (`max_tiles`, that of its data set), a seed
+for frames that are drawn at random, and a change of the cut tiles (`augment`, JPEG). They are arguments, not fields of
+the spec: one spec serves all samples. `measure` takes the first two, so that it counts what will be laid out.
 
 Legend: T rows, K rows a tile, N tiles of all pictures, F frames of all videos, S side of a tile in pixels.
 """
@@ -28,8 +32,9 @@ import hashlib
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from itertools import accumulate
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from PIL.Image import Image
@@ -43,12 +48,25 @@ from chiasm.media.image import open_image
 from chiasm.media.size import image_size
 from chiasm.media.tiles import TilePolicy
 from chiasm.media.video import Video, open_video
-from chiasm.nn.losses import token_weights
+from chiasm.nn.losses import Count, token_weights
 from chiasm.text.labels import encode_pieces, official_labels, shift
 from chiasm.text.templates import FrameTags, Piece, Template, get_frame_tags, get_template, join
 from chiasm.text.tokenizer import Tokenizer
 
-__all__ = ["LayoutSpec", "check_length", "count_tokens", "layout", "prompt_text"]
+__all__ = [
+    "Augment",
+    "Block",
+    "LayoutSpec",
+    "Measure",
+    "check_length",
+    "count_tokens",
+    "layout",
+    "measure",
+    "prompt_text",
+]
+
+Augment = Callable[[Tensor], Tensor]
+"""The uint8 tiles (N, 3, S, S) of one picture or one frame -> the same shape, changed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +83,8 @@ class LayoutSpec:
         system: system message instead of the template's; "" for none. A system turn wins over it.
         loss_power: p of the loss weight x^-p of every learned row, x the number of learned rows of the sample
             (0 weighs tokens equally, 1 samples, 0.5 is the square-root compromise of InternVL 2.5).
+        loss_count: what x counts: the learned rows of the whole "sample" (as the released code) or of the "response"
+            that a row is part of (as the paper says). They differ where a conversation has several answers.
         sampling: which frames of a video are taken, unless its part says so itself. Default: 8 frames by the formula
             of the template's source (transformers' with `frames="hf"` there, else the release's).
         frame_tags: how frames are spelled, "docs", "hf" or "training" (`chiasm.text.templates.FRAME_TAGS`). Default:
@@ -81,6 +101,7 @@ class LayoutSpec:
     max_length: int | None = None
     system: str | None = None
     loss_power: float = 0.5
+    loss_count: Count = "sample"
     sampling: FrameSampling | None = None
     frame_tags: str | None = None
 
@@ -93,6 +114,8 @@ class LayoutSpec:
             raise ConfigError(f"max_length must be at least 1 or None, found {self.max_length}")
         if not 0 <= self.loss_power <= 1:
             raise ConfigError(f"loss_power must lie in 0..1, found {self.loss_power}")
+        if self.loss_count not in get_args(Count):
+            raise ConfigError(f"loss_count is {self.loss_count!r}: use {' or '.join(get_args(Count))}")
         if not all(self.image_tokens) or len(set(self.image_tokens)) < 3:
             raise ConfigError("image_start, image_context and image_end must be three different tokens")
 
@@ -106,8 +129,17 @@ class LayoutSpec:
         """How frames are spelled; ConfigError for an unknown name."""
         return get_frame_tags(self.frame_tags or self.template.frames)
 
-    def frame_sampling(self, part: Part) -> FrameSampling:
-        """Which frames of a video part are taken; ConfigError when its fields cannot be."""
+    def limited(self, max_tiles: int | None) -> LayoutSpec:
+        """The same rules with another limit of tiles; None leaves it."""
+        if max_tiles is None or max_tiles == self.tiles.max_tiles:
+            return self
+        return replace(self, tiles=_limited(self.tiles, max_tiles))
+
+    def frame_sampling(self, part: Part, seed: int | None = None) -> FrameSampling:
+        """Which frames of a video part are taken; ConfigError when its fields cannot be.
+
+        `seed` is that of frames drawn at random, where the part does not say one itself.
+        """
         formula = "hf" if self.template.frames == "hf" else "original"
         own = self.sampling or FrameSampling(formula=formula)
         asked = dict(part.sampling)
@@ -117,6 +149,8 @@ class LayoutSpec:
             asked.get("mode", own.mode) != "fps"
         ):  # then a rate is refused, but not for one of the layout's own
             asked.setdefault("fps", None)
+        if seed is not None:
+            asked.setdefault("seed", seed)
         return replace(own, **asked)
 
     @property
@@ -141,6 +175,34 @@ class LayoutSpec:
             return None
         first = self.tokenizer.encode("", add_special_tokens=True)[:1]
         return first[0] if first and first[0] == self.tokenizer.bos_id else None
+
+
+@lru_cache(maxsize=256)
+def _limited(policy: TilePolicy, max_tiles: int) -> TilePolicy:
+    return replace(policy, max_tiles=max_tiles, min_tiles=min(policy.min_tiles, max_tiles))
+
+
+Block = tuple[int, int, int]
+"""(first row, rows, tiles) of one picture or frame with its start and end token: what must not be cut."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """What a conversation will take, known from headers: `measure`.
+
+    Attributes:
+        tokens: T.
+        tiles: tiles of all pictures and frames of all videos.
+        learned: rows that carry a label.
+        cuts: the blocks that must not be cut, in order; between them a document may be cut at any row.
+        runs: (first, end) of every run of rows that carry labels, in order: one for each answer.
+    """
+
+    tokens: int
+    tiles: int
+    learned: int
+    cuts: tuple[Block, ...] = ()
+    runs: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +238,7 @@ class _Films:
         """Frames of each video."""
         return [len(plan) for plan in self.plans]
 
-    def batch(self, tiles: TilePolicy) -> tuple[MediaBatch, list[int]]:
+    def batch(self, tiles: TilePolicy, augment: Augment | None) -> tuple[MediaBatch, list[int]]:
         """Decode: (F, 3, S, S) with times, and the number of the video that each frame is from.
 
         One frame after the other is cut, so that no more than one is held in full size.
@@ -185,7 +247,7 @@ class _Films:
         times: list[float] = []
         for video, plan in zip(self.videos, self.plans, strict=True):
             for image, when in video.each(plan):
-                data.append(tiles.tile(image, 1))
+                data.append(_augmented(tiles.tile(image, 1), augment))
                 times.append(when)
         groups = [n for n, count in enumerate(self.counts) for _ in range(count)]
         return MediaBatch(torch.cat(data), torch.tensor(times, dtype=torch.float32)), groups
@@ -199,6 +261,9 @@ def layout(
     generate: bool | None = None,
     opener: Callable[..., Image] = open_image,
     video_opener: Callable[..., Video] = open_video,
+    max_tiles: int | None = None,
+    seed: int | None = None,
+    augment: Augment | None = None,
 ) -> Sequence:
     """Lay out a conversation as one document.
 
@@ -209,6 +274,10 @@ def layout(
         generate: append the header of an answer. Default: when the last turn is the user's and this is not training.
         opener: opens a picture, called as `opener(source, orient=...)`. A server passes one that refuses paths.
         video_opener: opens a video, called as `video_opener(source, folder_fps=...)`; likewise.
+        max_tiles: instead of the spec's own limit of tiles.
+        seed: of frames that are drawn at random (sampling mode "rand"); a part's own wins.
+        augment: changes the tiles of each picture and each frame, called once for each in reading order, videos first.
+            Keys are those of the changed tiles.
 
     Returns:
         A Sequence with media["image"] (N, 3, S, S) uint8 if there are pictures and media["video"] (F, 3, S, S) uint8
@@ -223,19 +292,19 @@ def layout(
         MissingExtraError: a video needs PyAV.
         ContextOverflowError: T is above `max_length`.
     """
-    turns = parse_messages(messages)
+    turns, spec = parse_messages(messages), spec.limited(max_tiles)
     spans: list[Span] = []
     media: dict[str, MediaBatch] = {}
     images = [opener(part.value, orient=spec.tiles.orient) for part in _media(turns)["image"]]
     counts = spec.tiles.counts(image.size for image in images)
     with ExitStack() as opened:
-        films = _open_films(turns, spec, video_opener, opened)
+        films = _open_films(turns, spec, video_opener, opened, seed)
         rows = _lay_rows(turns, spec, counts, films.counts, train, generate)
         _check_length(rows, spec, counts, films.counts)
-        if train and not any(rows.learned):
-            raise DataError("nothing to learn: a training conversation needs an assistant turn")
+        if train:
+            _check_learned(rows)
         if films.videos:
-            batch, groups = films.batch(spec.tiles)
+            batch, groups = films.batch(spec.tiles, augment)
             for n, (start, length) in enumerate(rows.places("video")):
                 key = _key(batch.data[n : n + 1])
                 spans.append(
@@ -246,7 +315,7 @@ def layout(
             media["video"] = batch
     if images:
         limit = spec.tiles.budget(len(images))
-        tiles = [spec.tiles.tile(image, limit) for image in images]
+        tiles = [_augmented(spec.tiles.tile(image, limit), augment) for image in images]
         firsts = accumulate((len(group) for group in tiles), initial=0)
         for group, first, (start, length) in zip(tiles, firsts, rows.places("image"), strict=False):
             span = Span(
@@ -262,7 +331,7 @@ def layout(
     doc_T = torch.zeros(T, dtype=torch.int32)
     if train:
         labels_T = torch.tensor(shift(official_labels(rows.ids, rows.learned)), dtype=torch.int64)
-        weight_T = token_weights(labels_T, doc_T, spec.loss_power)
+        weight_T = token_weights(labels_T, doc_T, spec.loss_power, spec.loss_count)
     return Sequence(
         ids_T=torch.tensor(rows.ids, dtype=torch.int64),
         kind_T=kind_T,
@@ -302,6 +371,45 @@ def count_tokens(
     turns = parse_messages(messages)
     counts, shots = _count_tiles(turns, spec, sizes, opener), _count_frames(turns, spec, frames, video_opener)
     return len(_lay_rows(turns, spec, counts, shots, train, generate).ids)
+
+
+def measure(
+    messages: Any,
+    spec: LayoutSpec,
+    *,
+    sizes: Iterable[tuple[int, int]] | None = None,
+    frames: Iterable[int] | None = None,
+    train: bool = False,
+    generate: bool | None = None,
+    opener: Callable[..., Image] | None = None,
+    video_opener: Callable[..., Video] = open_video,
+    max_tiles: int | None = None,
+    seed: int | None = None,
+) -> Measure:
+    """Count what `layout` with the same arguments will make, from headers; not limited by `max_length`.
+
+    Arguments are as of `count_tokens`; `max_tiles` and `seed` as of `layout`. Damage behind a picture's header goes
+    unnoticed here, all other errors of `layout` are raised.
+    """
+    turns, spec = parse_messages(messages), spec.limited(max_tiles)
+    counts = _count_tiles(turns, spec, sizes, opener)
+    shots = _count_frames(turns, spec, frames, video_opener, seed)
+    rows = _lay_rows(turns, spec, counts, shots, train, generate)
+    if train:
+        _check_learned(rows)
+    runs = _runs(rows.learned) if train else ()
+    left = iter(counts)
+    cuts = tuple(
+        (start - 1, length + 2, next(left) if kind == "image" else 1)
+        for start, length, kind in zip(rows.starts, rows.lengths, rows.kinds, strict=True)
+    )
+    return Measure(
+        tokens=len(rows.ids),
+        tiles=sum(counts) + sum(shots),
+        learned=sum(end - first for first, end in runs),
+        cuts=cuts,
+        runs=runs,
+    )
 
 
 def check_length(
@@ -356,13 +464,46 @@ def _media(turns: list[Turn]) -> dict[str, list[Part]]:
     }
 
 
+def _check_learned(rows: _Rows) -> None:
+    if not any(rows.learned):
+        raise DataError("nothing to learn: a training conversation needs an assistant turn")
+
+
+def _runs(learned: list[bool]) -> tuple[tuple[int, int], ...]:
+    """Runs of rows that carry a label: row t does where token t + 1 is learned (see `shift`)."""
+    flags, out = bytes(learned[1:]), []
+    end = 0
+    while (first := flags.find(1, end)) >= 0:
+        end = flags.find(0, first)
+        end = len(flags) if end < 0 else end
+        out.append((first, end))
+    return tuple(out)
+
+
+def _augmented(tiles_N3SS: Tensor, augment: Augment | None) -> Tensor:
+    """The tiles as `augment` changes them; ConfigError where it gives something else than tiles."""
+    if augment is None:
+        return tiles_N3SS
+    changed = augment(tiles_N3SS)
+    if changed.shape != tiles_N3SS.shape or changed.dtype != tiles_N3SS.dtype:
+        raise ConfigError(
+            f"augment turned tiles {tuple(tiles_N3SS.shape)} of {tiles_N3SS.dtype} into {tuple(changed.shape)} of "
+            f"{changed.dtype}: it must keep both"
+        )
+    return changed
+
+
 def _open_films(
-    turns: list[Turn], spec: LayoutSpec, opener: Callable[..., Video], opened: ExitStack
+    turns: list[Turn],
+    spec: LayoutSpec,
+    opener: Callable[..., Video],
+    opened: ExitStack,
+    seed: int | None = None,
 ) -> _Films:
     """Open every video, to be closed with `opened`, and choose its frames; nothing is decoded."""
     films = _Films()
     for part in _media(turns)["video"]:
-        sampling = spec.frame_sampling(part)
+        sampling = spec.frame_sampling(part, seed)
         video = opened.enter_context(opener(part.value, folder_fps=sampling.folder_fps))
         # Who gives a list of pictures has chosen them; a sampling of the part's own chooses among them again. Their
         # rate says when they are, not which.
@@ -391,12 +532,16 @@ def _count_tiles(
 
 
 def _count_frames(
-    turns: list[Turn], spec: LayoutSpec, given: Iterable[int] | None, opener: Callable[..., Video]
+    turns: list[Turn],
+    spec: LayoutSpec,
+    given: Iterable[int] | None,
+    opener: Callable[..., Video],
+    seed: int | None = None,
 ) -> list[int]:
     """Frames of each video, as told or as found."""
     if given is None:
         with ExitStack() as opened:
-            return _open_films(turns, spec, opener, opened).counts
+            return _open_films(turns, spec, opener, opened, seed).counts
     found, videos = list(given), _media(turns)["video"]
     if len(found) != len(videos):
         raise DataError(f"{len(videos)} video(s) but {len(found)} number(s) of frames: give one each")

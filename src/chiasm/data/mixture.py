@@ -89,12 +89,17 @@ class Mixture:
 
     def draw(self, position: int) -> Draw:
         """Return the draw at ``position`` (0, 1, …) of the endless stream that the steps are cut from."""
+        name, index, _ = self.place(position)
+        return name, index
+
+    def place(self, position: int) -> tuple[str, int, int]:
+        """Return the draw at ``position`` and how often this very sample was drawn before, which is its epoch."""
         turn, slot = divmod(position, self.period)
         family = int(self._pattern[slot])
         name = self.names[family]
         nth = turn * int(self._before[-1, family]) + int(self._before[slot, family])
         epoch, place = divmod(nth, self.sizes[name])
-        return name, int(_permutation(self.seed, name, epoch, self.sizes[name])[place])
+        return name, int(_permutation(self.seed, name, epoch, self.sizes[name])[place]), epoch
 
     def epochs(self, steps: int) -> dict[str, float]:
         """Return how often each family is read through in ``steps`` steps."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from chiasm.errors import DataError
 from chiasm.nn.attention import Segments
-from chiasm.nn.losses import IGNORE
+from chiasm.nn.losses import IGNORE, Count, token_weights
 
 __all__ = [
     "CODES",
@@ -230,28 +230,111 @@ class Sequence:
         """The documents as sequences of their own. Items of media must lie in span order (as `pack` leaves them)."""
         out, at = [], 0
         for n in self.segments().lengths:
-            rows = slice(at, at + n)
-            spans, media = [], {}
-            for name, batch in self.media.items():
-                mine = [s for s in self.spans if s.media == name and at <= s.start < at + n]
-                if not mine:
-                    continue
-                low, high = min(s.first for s in mine), max(s.first + s.items for s in mine)
-                spans += [s.shifted(-at, -low) for s in mine]
-                media[name] = batch.items(low, high)
-            base = min((s.group for s in spans if s.group >= 0), default=0)
-            spans = [s.shifted(0, 0, -base) for s in spans]
-            out.append(
-                Sequence(
-                    ids_T=self.ids_T[rows],
-                    kind_T=self.kind_T[rows],
-                    doc_T=torch.zeros_like(self.doc_T[rows]),
-                    pos_T=self.pos_T[rows],
-                    labels_T=None if self.labels_T is None else self.labels_T[rows],
-                    weight_T=None if self.weight_T is None else self.weight_T[rows],
-                    spans=tuple(sorted(spans, key=lambda s: s.start)),
-                    media=media,
-                )
-            )
+            out.append(self._part(at, at + n))
             at += n
         return out
+
+    def piece(
+        self, start: int, stop: int, *, power: float | None = None, count: Count = "sample"
+    ) -> Sequence:
+        """Rows start … stop - 1 of one document as a document of its own, whose positions begin at 0.
+
+        The last row predicts nothing where the document goes on: the token after it is not there. The first row of
+        the next piece is therefore never predicted; a cut inside an answer costs one label.
+
+        Args:
+            start: first row. stop: row after the last one.
+            power: of the loss weights, which are made anew from the piece's own labels, so that a piece weighs what
+                any document of its labels weighs (`token_weights`). None: every row keeps its weight.
+            count: likewise.
+
+        Raises:
+            DataError: there is more than one document, the range is empty or outside, or it cuts a span.
+        """
+        T = len(self)
+        if self.docs != 1:
+            raise DataError(f"only one document can be cut into pieces, found {self.docs}: split it first")
+        if not 0 <= start < stop <= T:
+            raise DataError(f"rows {start}:{stop} are no piece of a document of {T} rows")
+        for span in self.spans:
+            end = span.start + span.length
+            if span.start < start < end or span.start < stop < end:
+                raise DataError(
+                    f"rows {start}:{stop} cut the {span.media} at rows {span.start}:{end}: cut before or behind it"
+                )
+        part = self._part(start, stop)
+        labels_T, weight_T = part.labels_T, part.weight_T
+        if labels_T is not None:
+            labels_T = labels_T.clone()
+            if stop < T:
+                labels_T[-1] = IGNORE
+            if power is not None:
+                weight_T = token_weights(labels_T, part.doc_T, power, count)
+            elif weight_T is not None:
+                weight_T = weight_T * (labels_T != IGNORE)
+        return replace(part, pos_T=part.pos_T - part.pos_T[:1], labels_T=labels_T, weight_T=weight_T)
+
+    def padded(self, rows: int, items: int = 0, *, media: str = "image", shape: Seq[int] = ()) -> Sequence:
+        """Fill up to `rows` rows and to `items` media items in all, so that every batch has the same sizes.
+
+        The rows are one more document of word 0 that nobody reads and that learns nothing. The items (uint8 zeros of
+        `shape`, or of the shape of those that are there) stand nowhere: an embedder encodes them and leaves them.
+
+        Raises:
+            DataError: there is already more, or the shape of an item is not known.
+        """
+        missing, more = rows - len(self), items - sum(map(len, self.media.values()))
+        if missing < 0 or (items and more < 0):
+            there = f"{len(self)} rows and {items - more} items"
+            raise DataError(f"cannot pad {there} to {rows} rows and {items} items: it must not be less")
+        media_of = dict(self.media)
+        if items and more:
+            own = media_of.get(media)
+            if own is None and not shape:
+                raise DataError(f"padding needs the shape of one {media} item")
+            size = tuple(own.data.shape[1:]) if own is not None else tuple(shape)
+            blank = torch.zeros((more, *size), dtype=torch.uint8 if own is None else own.data.dtype)
+            if own is None:
+                media_of[media] = MediaBatch(blank)
+            else:
+                times_N = None if own.times_N is None else torch.zeros(more)
+                media_of[media] = MediaBatch.join([own, MediaBatch(blank, times_N)])
+        filled = replace(self, media=media_of)
+        if not missing:
+            return filled
+        tail = Sequence(
+            ids_T=torch.zeros(missing, dtype=torch.int64),
+            kind_T=torch.full((missing,), TEXT, dtype=torch.int8),
+            doc_T=torch.zeros(missing, dtype=torch.int32),
+            pos_T=torch.arange(missing, dtype=torch.float32)
+            .view(-1, *[1] * (self.pos_T.dim() - 1))
+            .expand(missing, *self.pos_T.shape[1:]),
+            labels_T=None if self.labels_T is None else torch.full((missing,), IGNORE, dtype=torch.int64),
+            weight_T=None if self.labels_T is None else torch.zeros(missing),
+        )
+        return Sequence.pack([filled, tail])
+
+    def _part(self, start: int, stop: int) -> Sequence:
+        """Rows start … stop - 1, which cut no span, with their media; positions as they are."""
+        rows = slice(start, stop)
+        spans: list[Span] = []
+        media = {}
+        for name, batch in self.media.items():
+            mine = [s for s in self.spans if s.media == name and start <= s.start < stop]
+            if not mine:
+                continue
+            low, high = min(s.first for s in mine), max(s.first + s.items for s in mine)
+            spans += [s.shifted(-start, -low) for s in mine]
+            media[name] = batch.items(low, high)
+        base = min((s.group for s in spans if s.group >= 0), default=0)
+        spans = [s.shifted(0, 0, -base) for s in spans]
+        return Sequence(
+            ids_T=self.ids_T[rows],
+            kind_T=self.kind_T[rows],
+            doc_T=torch.zeros_like(self.doc_T[rows]),
+            pos_T=self.pos_T[rows],
+            labels_T=None if self.labels_T is None else self.labels_T[rows],
+            weight_T=None if self.weight_T is None else self.weight_T[rows],
+            spans=tuple(sorted(spans, key=lambda s: s.start)),
+            media=media,
+        )

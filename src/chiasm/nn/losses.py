@@ -12,7 +12,7 @@ Shape legend: T tokens of a packed row, S supervised ones, B rows of a chunk, D 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from chiasm.shapes import Float, Int
 
 __all__ = [
     "IGNORE",
+    "Count",
     "cross_entropy",
     "cross_entropy_reference",
     "token_weights",
@@ -32,20 +33,29 @@ __all__ = [
 IGNORE = -100
 """Label of a row that is not supervised."""
 
+Count = Literal["sample", "response"]
+"""What a loss weight counts: the supervised rows of the document, or those of the response that a row is part of."""
 
-def token_weights(labels_T: Int[Tensor, " T"], doc_T: Int[Tensor, " T"], power: float) -> Float[Tensor, " T"]:
-    """Return the loss weight of every row, ``x ** -power`` with x the supervised rows of its document.
+
+def token_weights(
+    labels_T: Int[Tensor, " T"], doc_T: Int[Tensor, " T"], power: float, count: Count = "sample"
+) -> Float[Tensor, " T"]:
+    """Return the loss weight of every row, ``x ** -power`` with x the supervised rows of its document or response.
+
+    A response is an unbroken run of supervised rows inside one document: chat templates put at least one row that is
+    not learned (the header of a turn) between two answers.
 
     Args:
         labels_T: labels, `IGNORE` where a row is not supervised.
         doc_T: number of the document that each row belongs to (any integers; need not be contiguous).
         power: 0 weighs tokens equally ("token"), 1 documents ("sample"), 0.5 is the "square" average.
+        count: "sample" counts whole documents (the released code), "response" single answers (the paper's text).
 
     Returns:
         (T,) fp32, 0 where a row is not supervised.
 
     Raises:
-        ConfigError: power is outside [0, 1], or the two arguments differ in length.
+        ConfigError: power is outside [0, 1], count is unknown, or the two arguments differ in length.
     """
     if not 0.0 <= power <= 1.0:
         raise ConfigError(f"loss power {power} is outside [0, 1]: 0 is token, 0.5 square, 1 sample averaging")
@@ -53,10 +63,18 @@ def token_weights(labels_T: Int[Tensor, " T"], doc_T: Int[Tensor, " T"], power: 
         raise ConfigError(
             f"labels have shape {tuple(labels_T.shape)}, documents {tuple(doc_T.shape)}: make them equal"
         )
+    if count not in get_args(Count):
+        raise ConfigError(f"loss count {count!r} is unknown: use {' or '.join(get_args(Count))}")
     supervised_T = labels_T != IGNORE
     if power == 0.0:
         return supervised_T.float()
-    _, index_T = torch.unique(doc_T, return_inverse=True)
+    if count == "response":  # runs are numbered by their first rows; what lies between counts for nothing
+        first_T = supervised_T.clone()
+        first_T[1:] &= ~supervised_T[:-1] | (doc_T[1:] != doc_T[:-1])
+        index_T = first_T.cumsum(0)
+        index_T = torch.where(supervised_T, index_T - 1, 0)
+    else:
+        _, index_T = torch.unique(doc_T, return_inverse=True)
     counts_T = torch.zeros(doc_T.shape, dtype=torch.float32, device=doc_T.device)
     counts_T.index_add_(0, index_T, supervised_T.float())
     return counts_T[index_T].clamp_min(1.0).pow(-power) * supervised_T

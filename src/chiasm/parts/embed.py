@@ -101,13 +101,18 @@ class FeatureCache:
 
 def encode_spans(
     sequence: Sequence,
-    media: str,
+    media: str | tuple[str, ...],
     encode: Callable[[Tensor], Tensor],
     cache: FeatureCache | None = None,
     *,
     max_items: int = 16,
 ) -> list[tuple[Span, Tensor]]:
-    """Features of every span of one medium.
+    """Features of every span of one medium, or of several that are encoded alike.
+
+    Without a cache (training) every item of these media is encoded, also one that no span stands for: such items
+    (`Sequence.padded`) keep the number of calls of the encoder the same in every batch, and the encoder in the graph
+    of a batch that shows nothing. They reach no row, so their gradient is zero. Of a batch without any span, one
+    empty span of no rows carries the graph.
 
     Args:
         encode: raw items (N, …) -> (N, K, C).
@@ -116,22 +121,28 @@ def encode_spans(
             without a cache, each span on its own with one.
 
     Returns:
-        (span, (span.length, C)) in span order. Several equal spans are encoded once.
+        (span, (span.length, C)) in span order, medium by medium. Several equal spans are encoded once.
     """
-    spans = sequence.spans_of(media)
-    if not spans:
-        return []
-    data = sequence.media[media].data
+    names = [name for name in ((media,) if isinstance(media, str) else media) if name in sequence.media]
+    spans = [span for name in names for span in sequence.spans_of(name)]
     if cache is None:
-        encoded = torch.cat([encode(part) for part in data.split(max_items)])
-        return [(s, encoded[s.first : s.first + s.items].flatten(0, 1)) for s in spans]
+        if not names:
+            return []
+        data = [sequence.media[name].data for name in names]
+        firsts = dict(zip(names, itertools.accumulate(map(len, data), initial=0), strict=False))
+        items = torch.cat(data) if len(data) > 1 else data[0]
+        encoded = torch.cat([encode(part) for part in items.split(max_items)])
+        if not spans:
+            return [(Span(media=names[0], start=0, length=0, first=0, items=0), encoded[:0].flatten(0, 1))]
+        places = [(span, firsts[span.media] + span.first) for span in spans]
+        return [(s, encoded[first : first + s.items].flatten(0, 1)) for s, first in places]
     # Each span on its own: what is remembered must not depend, in its last bits, on what stood beside it.
     done: dict[str, Tensor] = {}
     out = []
     for span in spans:
         features = done.get(span.key) if span.key in done else cache.get(span.key)
         if features is None:
-            items = data[span.first : span.first + span.items]
+            items = sequence.media[span.media].data[span.first : span.first + span.items]
             features = torch.cat([encode(part) for part in items.split(max_items)]).flatten(0, 1)
             cache.put(span.key, features)
         if span.key:

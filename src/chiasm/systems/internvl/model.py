@@ -67,9 +67,7 @@ class InternVLEmbedder(nn.Module):
         store = None if torch.is_grad_enabled() else self.features
         if store is not None and sequence.spans:
             store.bind(self)
-        seen = [
-            pair for media in ("image", "video") for pair in encode_spans(sequence, media, self.encode, store)
-        ]
+        seen = encode_spans(sequence, ("image", "video"), self.encode, store)
         return Embedded(overwrite_rows(x_TC, seen))
 
     def _in_lockstep(self, x_TC: Tensor, sequence: Sequence) -> Tensor:
