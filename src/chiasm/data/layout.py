@@ -48,7 +48,7 @@ from chiasm.text.labels import encode_pieces, official_labels, shift
 from chiasm.text.templates import FrameTags, Piece, Template, get_frame_tags, get_template, join
 from chiasm.text.tokenizer import Tokenizer
 
-__all__ = ["LayoutSpec", "check_length", "count_tokens", "layout", "prompt_text"]
+__all__ = ["LayoutSpec", "check_length", "count_tokens", "layout", "prompt_pieces", "prompt_text"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -334,9 +334,26 @@ def prompt_text(
 
     `frames` are as in `count_tokens`, `video_opener` as in `layout`.
     """
+    return join(
+        prompt_pieces(
+            messages, spec, frames=frames, train=train, generate=generate, video_opener=video_opener
+        )
+    )
+
+
+def prompt_pieces(
+    messages: Any,
+    spec: LayoutSpec,
+    *,
+    frames: Iterable[int] | None = None,
+    train: bool = False,
+    generate: bool | None = None,
+    video_opener: Callable[..., Video] = open_video,
+) -> list[Piece]:
+    """The text of `prompt_text` in the pieces that are tokenised apart, each with whether it is learned."""
     turns = parse_messages(messages)
     shots = _count_frames(turns, spec, frames, video_opener)
-    return join(_render(turns, spec, shots, train, generate)[0])
+    return _render(turns, spec, shots, train, generate)[0]
 
 
 def _media(turns: list[Turn]) -> dict[str, list[Part]]:
