@@ -35,7 +35,7 @@ data_app = typer.Typer(
 Paths = Annotated[
     list[str],
     typer.Argument(
-        metavar="FILE...",
+        metavar="FILE",
         help="Annotation files (JSONL, JSON, parquet, tar), quoted globs of shards, or meta files that name several.",
         show_default=False,
     ),
