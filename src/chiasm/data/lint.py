@@ -15,7 +15,7 @@ import random
 import time
 from bisect import bisect_right
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -261,7 +261,7 @@ def scan(
     sample: int | None = None,
     seed: int = 0,
     threads: int = 4,
-) -> Iterator[tuple[int, int, Done]]:
+) -> Generator[tuple[int, int, Done], None, None]:
     """Work through the rows of sets in threads, results in order: (number of the source, index, result).
 
     At most some 16 rows a thread are under way, so memory does not grow with the rows.

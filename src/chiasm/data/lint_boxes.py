@@ -48,8 +48,7 @@ class FoundBox:
 def boxes_of(sample: Sample) -> list[FoundBox]:
     """All well-spelled boxes between `<box>` and `</box>`."""
     found: list[FoundBox] = []
-    for n, turn in sample.spoken:
-        text = turn.text
+    for n, _role, text in sample.said:
         if "<box>" not in text:
             continue
         for body in _BOX.finditer(text):
@@ -107,8 +106,7 @@ def _sizes(sample: Sample) -> list[tuple[int, int]]:
 )
 def box_spelling(sample: Sample, _: Context) -> Iterator[str]:
     """One message a turn and kind of fault."""
-    for n, turn in sample.spoken:
-        text = turn.text
+    for n, _role, text in sample.said:
         for what, at in (other for other in ((w, r.search(text)) for r, w in _OTHER) if other[1]):
             yield f"turn {n}: {at[0]!r:.40} looks like {what}" if at else ""
         for tag in ("box", "ref"):
@@ -208,7 +206,7 @@ def box_flat(sample: Sample, _: Context) -> Iterator[str]:
 )
 def box_without_picture(sample: Sample, _: Context) -> Iterator[str]:
     """Learned as numbers from nowhere."""
-    shows = sample.pictures or any(turn.of_kind("video") for _, turn in sample.spoken)
+    shows = sample.pictures or any(turn.of_kind("video") for turn in sample.spoken)
     if not shows and (boxes := boxes_of(sample)):
         yield f"turn {boxes[0].turn}: {_written(boxes[0])} without a picture"
 

@@ -80,7 +80,7 @@ def picture_huge(sample: Sample, context: Context) -> Iterator[str]:
 def picture_rotated(sample: Sample, context: Context) -> Iterator[str]:
     """Boxes of annotation tools refer to either; a policy without orientation shows the picture lying."""
     stated = _stated_sizes(sample)
-    boxed = any("<box>" in turn.text for _, turn in sample.spoken)
+    boxed = any("<box>" in text for _, _, text in sample.said)
     for n, picture in enumerate(sample.pictures):
         if not picture.known or picture.orientation not in range(2, 9):
             continue

@@ -175,9 +175,9 @@ def misplaced_part(sample: Sample, _: Context) -> Iterator[str]:
     for n, turn in enumerate(sample.turns):
         for part in turn.parts:
             if part.kind not in ("text", "image", "video"):
-                yield f"turn {n}: a {part.kind} part cannot be laid out"
+                yield f"turn {n}: a part of kind {part.kind} cannot be laid out"
             elif part.kind != "text" and turn.role != "user":
-                yield f"turn {n}: a {part.kind} in a turn of role {turn.role}"
+                yield f"turn {n}: a part of kind {part.kind} in a turn of role {turn.role}"
 
 
 _LIKE_TAGS = re.compile(
@@ -197,10 +197,10 @@ _LIKE_TAGS = re.compile(
 def stray_tag(sample: Sample, _: Context) -> Iterator[str]:
     """It is learned or read as plain text."""
     for n, turn in enumerate(sample.turns):
-        text = turn.text
-        if turn.role != "user":
+        role, text = sample.said[n][1:]
+        if role != "user":
             yield from (
-                f"turn {n}: {tag} in a turn of role {turn.role} is plain text"
+                f"turn {n}: {tag} in a turn of role {role} is plain text"
                 for tag in ("<image>", "<video>")
                 if tag in text
             )
@@ -313,7 +313,7 @@ def budget_shared_out(sample: Sample, context: Context) -> Iterator[str]:
 )
 def nothing_to_learn(sample: Sample, _: Context) -> Iterator[str]:
     """The label span would be empty."""
-    if sample.text and not sample.learned:
+    if sample.parts and not sample.learned:
         yield "no answer: all labels would be empty"
 
 
@@ -327,6 +327,6 @@ def nothing_to_learn(sample: Sample, _: Context) -> Iterator[str]:
 )
 def empty_answer(sample: Sample, _: Context) -> Iterator[str]:
     """White space counts as no text."""
-    for n, turn in enumerate(sample.turns):
-        if turn.role == "assistant" and not turn.text.strip():
+    for n, role, text in sample.said:
+        if role == "assistant" and not text.strip():
             yield f"turn {n}: the answer is empty"

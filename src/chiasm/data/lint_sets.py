@@ -9,16 +9,15 @@ for 10 million rows the chance of a single false duplicate is about 3e-6.
 from __future__ import annotations
 
 import re
-import unicodedata
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import combinations
 
 from chiasm.data.lint_rules import declare
-from chiasm.data.lint_sample import Picture, Sample, digest8
+from chiasm.data.lint_sample import Picture, Sample, digest8, normalised
 
-__all__ = ["Answers", "DigestTable", "Languages", "Seen", "exchanges", "normalised", "script_of"]
+__all__ = ["Answers", "DigestTable", "Languages", "Seen", "script_of"]
 
 declare(
     "C501",
@@ -154,24 +153,6 @@ class DigestTable:
 # Duplicates and leaks ----------------------------------------------------------------------------------------------
 
 
-def normalised(text: str) -> str:
-    """The text for comparison: one Unicode form, one case, single blanks, no tags of media."""
-    plain = text.replace("<image>", " ").replace("<video>", " ")
-    return " ".join(unicodedata.normalize("NFKC", plain).casefold().split())
-
-
-def exchanges(sample: Sample) -> list[tuple[str, str]]:
-    """(question, answer) pairs, normalised; an answer without a question has "" for it."""
-    pairs, question = [], ""
-    for _, turn in sample.spoken:
-        if turn.role == "user":
-            question = normalised(turn.text)
-        elif turn.role == "assistant":
-            pairs.append((question, normalised(turn.text)))
-            question = ""
-    return pairs
-
-
 def _key(picture: Picture, source: object) -> str:
     """What a picture is for comparison: its content if known, else its name."""
     return str(picture.digest) if picture.digest else str(source)
@@ -179,8 +160,8 @@ def _key(picture: Picture, source: object) -> str:
 
 def _shown(sample: Sample) -> str:
     """What a row shows, as one string: content of pictures, names of videos; "" if it shows nothing."""
-    sources = [part.value for _, turn in sample.spoken for part in turn.of_kind("image")]
-    films = [str(part.value) for _, turn in sample.spoken for part in turn.of_kind("video")]
+    sources = [part.value for turn in sample.spoken for part in turn.of_kind("image")]
+    films = [str(part.value) for turn in sample.spoken for part in turn.of_kind("video")]
     keys = [_key(*pair) for pair in zip(sample.pictures, sources, strict=True)]
     return "\n".join([*keys, *films])
 
@@ -204,8 +185,8 @@ class Seen:
 
     def duplicates(self, sample: Sample, row: int) -> Iterator[tuple[str, str]]:
         """Take in a row and yield (code, message) for what was there before."""
-        shown, pairs = _shown(sample), exchanges(sample)
-        whole = digest8(shown, *(f"{turn.role}:{normalised(turn.text)}" for _, turn in sample.spoken))
+        shown, pairs = _shown(sample), sample.exchanges
+        whole = digest8(shown, *(f"{role}:{normalised(text)}" for _, role, text in sample.said))
         before = self.rows.add(whole, row)
         if before is not None:
             yield "C501", f"same as {self.where(before)}"
@@ -262,7 +243,7 @@ class Seen:
     def leaks(self, sample: Sample) -> Iterator[tuple[str, str]]:
         """(code, message) for what a training row shares with these sets."""
         shown = _shown(sample)
-        for question, answer in exchanges(sample):
+        for question, answer in sample.exchanges:
             same = self.pairs.get(digest8(shown, question, answer))
             if same is not None:
                 yield "C511", f"{_short(question)} {_short(answer)} is in the test set: {self.where(same)}"
@@ -304,7 +285,7 @@ class Answers:
 
     def see(self, sample: Sample) -> None:
         """Take in the row's exchanges with short answers."""
-        for question, answer in exchanges(sample):
+        for question, answer in sample.exchanges:
             if not answer or len(answer) > self.LONGEST or not question:
                 continue
             kind = " ".join(re.sub(r"\d+", "#", question).split()[: self.WORDS])[:80]
@@ -366,7 +347,7 @@ class Languages:
 
     def see(self, sample: Sample) -> None:
         """Take in the row's exchanges."""
-        for question, answer in exchanges(sample):
+        for question, answer in sample.exchanges:
             said = script_of(answer)
             if said is None:
                 continue

@@ -57,6 +57,12 @@ def _foreign_markers(spec: LayoutSpec) -> tuple[str, ...]:
     return tuple(sorted(marks - set(_own_markers(spec))))
 
 
+@lru_cache(maxsize=16)
+def _any_of(marks: tuple[str, ...]) -> re.Pattern[str]:
+    # Of two marks that begin alike the longer one is meant.
+    return re.compile("|".join(re.escape(mark) for mark in sorted(marks, key=len, reverse=True)) or r"(?!)")
+
+
 @rule(
     "C101",
     "reserved-token",
@@ -67,8 +73,8 @@ def _foreign_markers(spec: LayoutSpec) -> tuple[str, ...]:
 )
 def reserved_token(sample: Sample, context: Context) -> Iterator[str]:
     """The layout refuses it: such rows would claim to be a picture."""
-    for n, turn in sample.spoken:
-        yield from (f"turn {n}: {token}" for token in context.spec.image_tokens if token in turn.text)
+    for n, _role, text in sample.said:
+        yield from (f"turn {n}: {token}" for token in context.spec.image_tokens if token in text)
 
 
 @rule(
@@ -81,10 +87,10 @@ def reserved_token(sample: Sample, context: Context) -> Iterator[str]:
 )
 def own_marker(sample: Sample, context: Context) -> Iterator[str]:
     """It becomes that very token, so it ends the turn in the middle."""
-    for n, turn in enumerate(sample.turns):
-        for mark in _own_markers(context.spec):
-            if mark in turn.text:
-                yield f"turn {n}: {mark} inside the text of a {turn.role} turn"
+    marks = _any_of(_own_markers(context.spec))
+    for n, role, text in sample.said:
+        for mark in sorted(set(marks.findall(text))):
+            yield f"turn {n}: {mark} inside the text of role {role}"
 
 
 @rule(
@@ -97,12 +103,12 @@ def own_marker(sample: Sample, context: Context) -> Iterator[str]:
 )
 def foreign_marker(sample: Sample, context: Context) -> Iterator[str]:
     """They are ordinary text here, and would be learned as such."""
-    for n, turn in enumerate(sample.turns):
-        text = turn.text
-        for mark in _foreign_markers(context.spec):
+    marks = _any_of(_foreign_markers(context.spec))
+    for n, role, text in sample.said:
+        for mark in sorted(set(marks.findall(text))):
             # "</s>" is also HTML; only where a sequence's end would stand does it mean one.
-            if mark in text and (mark != "</s>" or text.rstrip().endswith(mark)):
-                yield f"turn {n}: {mark} inside the text of a {turn.role} turn"
+            if mark != "</s>" or text.rstrip().endswith(mark):
+                yield f"turn {n}: {mark} inside the text of role {role}"
         if found := _LINE_ROLES.search(text):
             yield f"turn {n}: a line begins with {found[0]!r}, as if another turn began"
 
@@ -145,12 +151,12 @@ def merged_border(sample: Sample, _: Context) -> Iterator[str]:
 )
 def lone_surrogate(sample: Sample, _: Context) -> Iterator[str]:
     """The tokenizer refuses it."""
-    for n, turn in sample.spoken:
-        bad = next((c for c in turn.text if "\ud800" <= c <= "\udfff"), None)
-        if bad is not None:
-            yield f"turn {n}: lone surrogate U+{ord(bad):04X}"
+    for n, _role, text in sample.said:
+        if not text.isascii() and (bad := _SURROGATE.search(text)):
+            yield f"turn {n}: lone surrogate U+{ord(bad[0]):04X}"
 
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff\u202a-\u202e\u2066-\u2069]")
 
 
@@ -164,8 +170,8 @@ _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff\u202a-\u202e\u
 )
 def control_character(sample: Sample, _: Context) -> Iterator[str]:
     """Tab and line ends are fine."""
-    for n, turn in sample.spoken:
-        if found := _CONTROL.search(turn.text):
+    for n, _role, text in sample.said:
+        if found := _CONTROL.search(text):
             yield f"turn {n}: character U+{ord(found[0]):04X}"
 
 
@@ -193,11 +199,13 @@ def _repaired(piece: str) -> str | None:
 )
 def mojibake(sample: Sample, _: Context) -> Iterator[str]:
     """Only what turns into one proper character when it is decoded anew."""
-    for n, turn in sample.spoken:
-        if "\ufffd" in turn.text or "锟斤拷" in turn.text:
-            yield f"turn {n}: replacement character {'锟斤拷' if '锟斤拷' in turn.text else 'U+FFFD'}"
+    for n, _role, text in sample.said:
+        if text.isascii():
             continue
-        for found in _SUSPECT.finditer(turn.text):
+        if "\ufffd" in text or "锟斤拷" in text:
+            yield f"turn {n}: replacement character {'锟斤拷' if '锟斤拷' in text else 'U+FFFD'}"
+            continue
+        for found in _SUSPECT.finditer(text):
             proper = _repaired(found[0])
             if proper is not None and len(proper) == 1 and unicodedata.category(proper) != "Cc":
                 yield f"turn {n}: {found[0]!r} was probably {proper!r}"
@@ -233,6 +241,6 @@ def repetition(text: str, n: int = NGRAM) -> float:
 )
 def repeats(sample: Sample, _: Context) -> Iterator[str]:
     """The fact sheet's threshold (section 3.6), with a measure that sees tight loops."""
-    for n, turn in enumerate(sample.turns):
-        if turn.role == "assistant" and (share := repetition(turn.text)) > LOOP_SHARE:
+    for n, role, text in sample.said:
+        if role == "assistant" and (share := repetition(text)) > LOOP_SHARE:
             yield f"turn {n}: {share:.0%} of the {NGRAM}-grams are repetitions"

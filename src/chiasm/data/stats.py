@@ -137,11 +137,11 @@ class SetStats:
         self.learned.add(sample.learned)
         self.tiles.add(sum(sample.tiles) + sample.frames)
         self.images.add(len(sample.pictures))
-        self.turns.add(sum(turn.role != "system" for _, turn in sample.spoken))
+        self.turns.add(sum(role != "system" for _, role, _ in sample.said))
         self.parts.update(sample.parts)
-        for _, turn in sample.spoken:
-            if turn.role == "assistant":
-                self.answers.add(len(turn.text))
+        for _, role, text in sample.said:
+            if role == "assistant":
+                self.answers.add(len(text))
         for picture in sample.pictures:
             width, height = picture.size
             if picture.known and width and height:
@@ -230,7 +230,21 @@ def aspect_bins(stats: SetStats) -> list[Bin]:
         aspect = 2 ** ((value - 2000) / 100)
         at = sum(aspect >= border for border in _ASPECTS[1:-1])
         counts[at] += count
-    labels = ("< 1:4", "1:4", "1:3", "1:2", "2:3", "3:4", "1:1", "10:9", "4:3", "3:2", "2:1", "3:1", "> 4:1")
+    labels = (
+        "under 1:4",
+        "1:4",
+        "1:3",
+        "1:2",
+        "2:3",
+        "3:4",
+        "1:1",
+        "10:9",
+        "4:3",
+        "3:2",
+        "2:1",
+        "3:1",
+        "over 4:1",
+    )
     if not stats.aspects.n:
         return []
     return [

@@ -19,6 +19,7 @@ __all__ = ["draw_stats", "save_plot"]
 
 _SCALE = 2
 _WIDTH, _HEIGHT = 1320, 430
+_WIDEST = 64  # of a bar
 _INK, _SOFT, _GRID, _PAPER = "#1f2933", "#66727f", "#e4e8ec", "#ffffff"
 _BARS = ("#0072B2", "#009E73", "#D55E00")  # apart for colour-blind readers
 
@@ -88,7 +89,7 @@ def _panel(
         return
     _text(draw, (left, top + 24), said, 13, _SOFT)
     slanted = max(len(one.label) for one in bins) > 3
-    floor, ceiling, start = bottom - (74 if slanted else 30), top + 62, left + 44
+    floor, ceiling, start = bottom - 74, top + 62, left + 44
     total = sum(one.count for one in bins)
     step = _step(max(one.count for one in bins) / total)
     highest = -(-max(one.count for one in bins) / total // step) * step
@@ -104,7 +105,7 @@ def _panel(
         height = (floor - ceiling) * one.count / total / highest
         if one.count:
             height = max(height, 1.5)
-            gap = min(3.0, wide / 6)
+            gap = max(min(3.0, wide / 6), (wide - _WIDEST) / 2)
             draw.rounded_rectangle(
                 [c * _SCALE for c in (x + gap, floor - height, x + wide - gap, floor)],
                 radius=min(3.0, height / 2, wide / 4) * _SCALE,
@@ -112,7 +113,7 @@ def _panel(
                 corners=(True, True, False, False),
             )
         if slanted:
-            _slanted(draw, (x + wide / 2, floor + 6), one.label)
+            _slanted(draw, (x + wide / 2, floor + 6), one.label.replace("–", "-"))  # the font has no dash
         else:
             _text(draw, (x + wide / 2, floor + 6), one.label, 12, _SOFT, anchor="ma")
 
