@@ -28,7 +28,7 @@ from chiasm.data.lint import (
 )
 from chiasm.data.lint_rules import RULES
 from chiasm.data.lint_sample import Reader, picture_hash
-from chiasm.data.lint_sets import DigestTable, script_of
+from chiasm.data.lint_sets import DigestTable, Seen, script_of
 from chiasm.data.lint_text import markers_of, repetition
 from chiasm.errors import ChiasmError, ConfigError
 from chiasm.text.templates import TEMPLATES
@@ -354,6 +354,15 @@ def test_digest_table_keeps_to_its_memory() -> None:
     for n in range(20_000):
         table.add(numbers.getrandbits(64) | 1, n)
     assert table.nbytes <= 48 * len(table)
+
+
+def test_memory_of_duplicates(root: Path) -> None:
+    seen = Seen(str)
+    reader = Reader(spec_of(), whole=False)
+    made = Rows([row(f"What is {n}?", f"It is {n}.") for n in range(3000)], root)
+    for n in range(len(made)):
+        assert list(seen.duplicates(reader.read(made, n), n)) == []
+    assert seen.nbytes <= 2 * 48 * len(made) + 6 * 12 * 1024
 
 
 def test_looks_survive_resizing_and_tell_pictures_apart() -> None:

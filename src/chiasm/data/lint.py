@@ -5,8 +5,8 @@ It is right about training by construction: rows are read, rendered and counted 
 `layout(..., train=True)` succeeds, but for damage behind a picture's header, which takes `decode`.
 
 One pass, in order. Rows are read and judged by themselves in threads, a bounded number ahead; rules over sets see them
-one by one. Memory: the findings shown (a few for each rule), digests for duplicates (`chiasm.data.lint_sets`, about 100
-bytes a row in all), counters of fixed size. All findings go to `on_finding` as they come.
+one by one. Memory: the findings shown (a few for each rule), digests for duplicates (`chiasm.data.lint_sets`, some 150
+bytes a row), counters of fixed size. All findings go to `on_finding` as they come.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The linter's rules over whole sets: duplicates, leaks between training and test, one-sided answers, languages.
 
 Bounded memory: texts and pictures are remembered as digests of 8 bytes in tables of 12 bytes a slot (`DigestTable`,
-24 to 36 bytes an entry while half to a third full, less than a tenth of a dict of ints), question kinds and their
-answers in counters of fixed size. A digest of 8 bytes meets another by chance once in some 10^9 rows squared by 10^19:
-for 10 million rows the chance of a single false duplicate is about 3e-6.
+24 to 48 bytes an entry, being a quarter to half full; a dict of ints takes some 160), question kinds and their
+answers in counters of fixed size. Among n digests of 8 bytes the chance of a single false duplicate is n^2 / 2 / 2^64:
+3e-6 for 10 million.
 """
 
 from __future__ import annotations
@@ -197,7 +197,6 @@ class Seen:
                     "C502",
                     f"{_short(question)} {_short(answer)} about the same picture at {self.where(first)}",
                 )
-        self._texts(pairs, row)
         for picture in sample.pictures:
             yield from self._picture(picture, row)
 
@@ -205,11 +204,15 @@ class Seen:
         """Take in a row of the test set."""
         for _ in self.duplicates(sample, row):
             pass
-
-    def _texts(self, pairs: list[tuple[str, str]], row: int) -> None:
-        for question, answer in pairs:
+        for question, answer in sample.exchanges:
             if _long(question, answer):
                 self.texts.add(digest8(question, answer), row)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tables."""
+        tables = (self.rows, self.pairs, self.texts, self.files, self.names, self.looks)
+        return sum(table.nbytes for table in tables)
 
     def _picture(self, picture: Picture, row: int) -> Iterator[tuple[str, str]]:
         if not picture.digest:

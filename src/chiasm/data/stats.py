@@ -29,6 +29,7 @@ __all__ = [
 
 PARTS = ("system", "question", "answer", "image", "video")
 _MOST_VALUES = 4096
+_SQUARE = 20_000  # an aspect of 1, so that all are whole numbers above 0
 _QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 _BLOCKS = " ▏▎▍▌▋▊▉"
 
@@ -109,7 +110,7 @@ class SetStats:
         turns: questions and answers of a row.
         answers: characters of an answer.
         widths, heights: of pictures, upright, in pixels.
-        aspects: log2(width / height) of pictures in hundredths, plus 2000.
+        aspects: 1000 log2(width / height) of pictures, plus 20,000.
         parts: tokens by part.
     """
 
@@ -147,7 +148,7 @@ class SetStats:
             if picture.known and width and height:
                 self.widths.add(width)
                 self.heights.add(height)
-                self.aspects.add(max(0, round(100 * math.log2(width / height)) + 2000))
+                self.aspects.add(max(0, round(1000 * math.log2(width / height)) + _SQUARE))
 
     @property
     def distributions(self) -> dict[str, Distribution]:
@@ -162,7 +163,7 @@ class SetStats:
         if self.aspects.n:
             low, high = self.aspects.low or 0, self.aspects.high
             at = {"min": low, "p50": self.aspects.quantile(0.5), "max": high}
-            aspects |= {name: round(2 ** ((value - 2000) / 100), 3) for name, value in at.items()}
+            aspects |= {name: round(2 ** ((value - _SQUARE) / 1000), 3) for name, value in at.items()}
         return {
             "rows": self.rows,
             "unusable": self.unusable,
@@ -227,7 +228,7 @@ def aspect_bins(stats: SetStats) -> list[Bin]:
     """Width / height in 13 bins around the usual shapes; the outer two hold everything beyond."""
     counts = [0] * (len(_ASPECTS) - 1)
     for value, count in stats.aspects.counts.items():
-        aspect = 2 ** ((value - 2000) / 100)
+        aspect = 2 ** ((value - _SQUARE) / 1000)
         at = sum(aspect >= border for border in _ASPECTS[1:-1])
         counts[at] += count
     labels = (
