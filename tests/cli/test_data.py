@@ -180,10 +180,12 @@ def test_wrong_usage(run: Run, root: Path, tiny: Path) -> None:
 
 
 def test_help_of_the_group(run: Run) -> None:
-    ran = run("data", "--help")
-    assert ran.code == 0
-    assert "\n  lint " in ran.out
-    assert "\n  stats " in ran.out
+    for words in (("data",), ("data", "--help")):
+        ran = run(*words)
+        assert ran.code == 0
+        assert ran.out.startswith("Usage: chiasm data ")
+        assert "\n  lint " in ran.out
+        assert "\n  stats " in ran.out
 
 
 def test_progress_is_one_line_of_a_terminal(

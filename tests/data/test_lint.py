@@ -197,6 +197,24 @@ def test_tokens_are_those_of_counting(root: Path) -> None:
         assert sum(sample.parts.values()) == sample.tokens
 
 
+def test_what_lies_beyond_the_limit(root: Path) -> None:
+    """As cutting the laid-out sequence shows."""
+    rows = [
+        row("<image>What?", "A " * 30, image="a.png"),
+        row("<image> or <image>?", "The second, of course.", image=["a.png", "b.png"]),
+        row("Hi", " ".join(map(str, range(60)))),
+    ]
+    for n in range(len(rows)):
+        dataset, long = Rows(rows, root), spec_of(max_length=None)
+        whole = layout(dataset.record(n), long, train=True)
+        for limit in range(20, len(whole.ids_T), 7):
+            sample = Reader(spec_of(max_length=limit)).read(dataset, n)
+            # Labels stand a row before the token that they are.
+            learned = int((whole.labels_T[limit - 1 : -1] >= 0).sum())
+            shown = sum(span.start + span.length > limit for span in whole.spans)
+            assert sample.beyond == (learned, shown), (n, limit)
+
+
 def test_videos_are_counted_by_their_frames(root: Path) -> None:
     frames = [picture(n, 40, 30) for n in range(5)]
     frames[0].save(root / "film.gif", save_all=True, append_images=frames[1:], duration=100)

@@ -29,7 +29,7 @@ __all__ = ["data_app", "lint_command", "stats_command"]
 data_app = typer.Typer(
     help="Examine, count, convert, filter, pack and build data sets.",
     rich_markup_mode=None,
-    no_args_is_help=True,
+    invoke_without_command=True,
 )
 
 Paths = Annotated[
@@ -73,6 +73,12 @@ SampleRows = Annotated[
 Seed = Annotated[int, typer.Option("--seed", help="Of the random rows.")]
 Threads = Annotated[int, typer.Option("--threads", min=1, metavar="N", help="Threads that read rows ahead.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+@data_app.callback()
+def _top(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 def lint_command(

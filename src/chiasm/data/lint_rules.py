@@ -241,9 +241,9 @@ def refused(sample: Sample, _: Context) -> Iterator[str]:
     "C401",
     "too-long",
     "error",
-    says="more tokens than the limit (--max-length): strict packing rejects the row, otherwise it is cut",
+    says="more tokens than the limit (--max-length): the layout refuses it; packing refuses, truncates or splits it",
     example="9,000 tokens, limit 8,192",
-    remedy="fewer tiles (--max-tiles), fewer pictures, a split conversation, or a larger limit",
+    remedy="fewer tiles (max_tiles), fewer pictures, a split conversation, or a larger limit",
 )
 def too_long(sample: Sample, context: Context) -> Iterator[str]:
     """Says which part is to blame and what lies beyond the limit."""
@@ -266,6 +266,10 @@ def too_long(sample: Sample, context: Context) -> Iterator[str]:
         )
     else:
         help_ = f"its last {over:,} tokens do not fit"
+    if sample.beyond is not None:
+        lost, shown = sample.beyond
+        help_ += f"; {lost:,} learned tokens lie beyond the limit"
+        help_ += f", and {shown} picture(s) or frame(s)" if shown else ""
     yield f"{sample.tokens:,} tokens ({made}), {over:,} more than {limit:,}: {help_}"
 
 

@@ -103,6 +103,8 @@ class Sample:
         parts: tokens by part: system, question, answer, image, video.
         tiles: of each picture.
         frames: of all videos.
+        beyond: of a text longer than `max_length`: (learned tokens, whole or broken pictures or frames) beyond it;
+            None if the text is not too long, or has both pictures and videos.
         whole_differs: tokenised at one go the text gives other tokens.
         merged: turns whose answer's first token begins in the header before it.
     """
@@ -126,6 +128,7 @@ class Sample:
     parts: dict[str, int] = field(default_factory=dict)
     tiles: list[int] = field(default_factory=list)
     frames: int = 0
+    beyond: tuple[int, int] | None = None
     whole_differs: bool = False
     merged: int = 0
 
@@ -283,6 +286,13 @@ class Reader:
         image, video = spec.tokens_per_tile * sum(sample.tiles), spec.tokens_per_tile * sample.frames
         if faulty is None:
             sample.tokens = len(ids) - shown + image + video
+        if (
+            sample.tokens is not None
+            and spec.max_length is not None
+            and sample.tokens > spec.max_length
+            and not (sample.pictures and sample.frames)
+        ):
+            sample.beyond = _beyond(sample, ids, learned, spec)
         chunks = [list(group) for _, group in groupby(pieces, key=lambda piece: piece.chunk)]
         system = 0
         if chunks and not spec.template.by_exchange and pieces[0].chunk == 0:
@@ -310,6 +320,19 @@ class Reader:
         # A habit of tokenizer and template rather than of single rows: some rows of a large set will do.
         if len(chunks) > 1 and (sample.index < _ALL_WHOLE or sample.index % _SOME_WHOLE == 0):
             sample.whole_differs = list(self.spec.tokenizer.encode(sample.text)) != list(ids)
+
+
+def _beyond(sample: Sample, ids: list[int], learned: list[bool], spec: LayoutSpec) -> tuple[int, int]:
+    """What lies behind `max_length`, in a text of pictures or of frames."""
+    lengths = iter([spec.tokens_per_tile * n for n in sample.tiles] + [spec.tokens_per_tile] * sample.frames)
+    context = spec.context_id if sample.tiles or sample.frames else None
+    at = lost = shown = 0
+    for index, keep in zip(ids, learned, strict=True):
+        at += next(lengths) if index == context else 1
+        if at > (spec.max_length or 0):
+            lost += keep
+            shown += index == context
+    return lost, shown
 
 
 def normalised(text: str) -> str:
