@@ -19,6 +19,7 @@ import typer
 from chiasm import __version__
 from chiasm.cli.chat import chat_command
 from chiasm.cli.convert import convert_command
+from chiasm.cli.data import data_app
 from chiasm.cli.demo import demo_command
 from chiasm.cli.doctor import doctor_command
 from chiasm.cli.evaluate import eval_command
@@ -66,6 +67,7 @@ app.command("convert")(convert_command)
 app.command("parity")(parity_command)
 app.command("train")(train_command)
 app.command("eval")(eval_command)
+app.add_typer(data_app, name="data")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from chiasm.parts.language.config import LanguageConfig
     from chiasm.systems.internvl.config import InternVLConfig
 
-__all__ = ["plan_command"]
+__all__ = ["layout_of", "plan_command"]
 
 TEXT_TOKENS = 32
 """Assumed length of the question where none is given."""
@@ -235,6 +235,15 @@ def _understand(name: str, max_tiles: int | None, template: str | None, system: 
         dtype="bfloat16",
         notes=tuple(notes),
     )
+
+
+def layout_of(model: str, *, template: str | None = None) -> tuple[LayoutSpec, tuple[str, ...]]:
+    """How a model lays out its input, without its weights, and what of that is only assumed.
+
+    Raises UsageError when nothing has this name.
+    """
+    known = _understand(model, None, template, None)
+    return known.spec, known.notes
 
 
 def _size(word: str, spec: LayoutSpec) -> tuple[int, int]:

@@ -62,6 +62,7 @@ __all__ = [
     "count_tokens",
     "layout",
     "measure",
+    "prompt_pieces",
     "prompt_text",
 ]
 
@@ -442,9 +443,26 @@ def prompt_text(
 
     `frames` are as in `count_tokens`, `video_opener` as in `layout`.
     """
+    return join(
+        prompt_pieces(
+            messages, spec, frames=frames, train=train, generate=generate, video_opener=video_opener
+        )
+    )
+
+
+def prompt_pieces(
+    messages: Any,
+    spec: LayoutSpec,
+    *,
+    frames: Iterable[int] | None = None,
+    train: bool = False,
+    generate: bool | None = None,
+    video_opener: Callable[..., Video] = open_video,
+) -> list[Piece]:
+    """The text of `prompt_text` in the pieces that are tokenised apart, each with whether it is learned."""
     turns = parse_messages(messages)
     shots = _count_frames(turns, spec, frames, video_opener)
-    return join(_render(turns, spec, shots, train, generate)[0])
+    return _render(turns, spec, shots, train, generate)[0]
 
 
 def _media(turns: list[Turn]) -> dict[str, list[Part]]:
