@@ -289,7 +289,8 @@ class _Texts(_Sink):
     """JSON lines or one array; pictures that are bytes are saved beside."""
 
     def __init__(self, to: Layout, destination: Path, partial: Path, root: str, done: Written) -> None:
-        self.to, self.done, self.root = to, done, root
+        self.to: Layout = to
+        self.done, self.root = done, root
         self.array = destination.suffix.lower() == ".json"
         self.partial = partial / destination.name
         self.folder = f"{destination.stem}_images"
