@@ -36,7 +36,7 @@ __all__ = ["Layout", "Written", "encode", "write_dataset"]
 
 Layout = Literal["internvl", "llava", "messages", "sharegpt", "parquet", "webdataset"]
 
-GROUP_BYTES, GROUP_ROWS = 4 << 20, 1000
+GROUP_BYTES, GROUP_ROWS = 1 << 20, 500
 """A row group of parquet ends at either: small ones can be read in random order."""
 
 _TOKEN = "\x00picture "
@@ -373,7 +373,7 @@ class _Parquet(_Sink):
                 (EXTRA, pa.string()),
             ]
         )
-        self.writer = pq.ParquetWriter(partial / destination.name, self.schema)
+        self.writer = pq.ParquetWriter(partial / destination.name, self.schema, use_dictionary=False)
         self.rows: list[dict[str, Any]] = []
         self.bytes = 0
         done.files = [destination]
