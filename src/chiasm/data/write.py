@@ -36,7 +36,7 @@ __all__ = ["Layout", "Written", "encode", "write_dataset"]
 
 Layout = Literal["internvl", "llava", "messages", "sharegpt", "parquet", "webdataset"]
 
-GROUP_BYTES, GROUP_ROWS = 4 << 20, 1000
+GROUP_BYTES, GROUP_ROWS = 1 << 20, 500
 """A row group of parquet ends at either: small ones can be read in random order."""
 
 _TOKEN = "\x00picture "
@@ -289,7 +289,8 @@ class _Texts(_Sink):
     """JSON lines or one array; pictures that are bytes are saved beside."""
 
     def __init__(self, to: Layout, destination: Path, partial: Path, root: str, done: Written) -> None:
-        self.to, self.done, self.root = to, done, root
+        self.to: Layout = to
+        self.done, self.root = done, root
         self.array = destination.suffix.lower() == ".json"
         self.partial = partial / destination.name
         self.folder = f"{destination.stem}_images"
@@ -372,7 +373,7 @@ class _Parquet(_Sink):
                 (EXTRA, pa.string()),
             ]
         )
-        self.writer = pq.ParquetWriter(partial / destination.name, self.schema)
+        self.writer = pq.ParquetWriter(partial / destination.name, self.schema, use_dictionary=False)
         self.rows: list[dict[str, Any]] = []
         self.bytes = 0
         done.files = [destination]

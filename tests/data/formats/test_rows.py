@@ -141,6 +141,21 @@ def test_sharegpt_has_a_system_prompt_beside_and_videos():
     assert record.extra == {}
 
 
+def test_messages_take_the_videos_beside_them():
+    row = {
+        "messages": [
+            {"role": "user", "content": "<video> or <video>?"},
+            {"role": "assistant", "content": "<video>"},
+        ],
+        "videos": ["a.mp4", "b.mp4"],
+    }
+    record = read_row(row, None, "x")
+    assert said(record) == [("user", "[a.mp4] or [b.mp4]?"), ("assistant", "<video>")]
+    assert record.extra == {}
+    assert record.tagged
+    assert read_row({**row, "videos": [], "messages": row["messages"][1:]}, None, "x").extra == {"videos": []}
+
+
 def test_captions_answer_the_question_of_the_set():
     record = read_row(
         {"caption": "A dog.", "images": [b"x"], "url": "u"}, None, "x", question="What is this?"
@@ -234,6 +249,21 @@ HI = {"from": "human", "value": "Hi"}
             {"messages": [{"role": "assistant", "content": "x"}], "images": ["a"]},
             None,
             "W: images were given but no",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "a"}], "videos": ["a"]},
+            None,
+            "W: has 0 <video> tag(s) but 1",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "<video>"}], "videos": [3]},
+            None,
+            "W.videos[0] must be a path",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "a"}], "audios": ["a"]},
+            None,
+            "W.audios: sound cannot be read",
         ),
         ({"texts": []}, None, "W.texts must be a list"),
         ({"texts": [{"user": "x"}]}, None, "W.texts[0] must have the strings user and assistant"),

@@ -2,8 +2,9 @@
 
 InternVL and LLaVA rows are ``chiasm.data.message.from_row``'s. The others are told apart by their fields:
 
-- ``messages``: {"messages": [{"role", "content": str | [items]}], "images": […]}; an item {"type": "image"} without a
-  source takes the next of ``images``. A bare list of messages is a row too.
+- ``messages``: {"messages": [{"role", "content": str | [items]}], "images": […], "videos": […]}; an item
+  {"type": "image"} without a source takes the next of ``images``; videos go to their tags. A bare list of messages is a
+  row too.
 - ``sharegpt``: {"conversations": [{"from" | "role", "value" | "content"}], "images": […], "videos": […], "system"}.
 - ``pairs``: {"texts": [{"user", "assistant"}], "images": […]}, as FineVision has it.
 - ``caption``: {"caption" | "text", "images": […]}: the answer to a question that the data set's spec gives.
@@ -27,6 +28,7 @@ Kind = Literal["internvl", "messages", "sharegpt", "pairs", "caption"]
 """Kinds of rows; LLaVA's are InternVL's."""
 
 _IMAGE_FIELDS = ("image", "images")
+_SOUND_FIELDS = ("audio", "audios")
 _ROLES = {"user": "human", "assistant": "gpt", "human": "human", "gpt": "gpt", "system": "system"}
 _MESSAGE_FIELDS = ("role", "content")
 _TOKEN = "\x00picture "
@@ -86,6 +88,9 @@ def read_row(row: Any, kind: Kind | None, where: str, *, question: str = "") -> 
         return from_row(row, where=where)
     pictures = list(_pictures(row, where))
     rest = {key: value for key, value in row.items() if key not in _IMAGE_FIELDS}
+    for key in _SOUND_FIELDS:
+        if row.get(key):
+            raise DataError(f"{where}.{key}: sound cannot be read; leave such rows out")
     match kind:
         case "internvl":
             listed = row.get("images") is not None or isinstance(row.get("image"), list)
@@ -188,12 +193,37 @@ def _messages(row: Mapping[str, Any], pictures: Sequence[Any], where: str) -> Re
         said = str(error)
         raise DataError(f"{where}.{said}" if said.startswith("messages[") else f"{where}: {said}") from error
     turns = [replace(turn, extra=extra) for turn, extra in zip(turns, extras, strict=True)]
+    videos = row.get("videos")
+    if videos:
+        turns = _with_videos(turns, videos if isinstance(videos, list) else [videos], where)
     return Record(
         turns=tuple(turns),
         tagged=any("<image>" in turn.text or "<video>" in turn.text for turn in turns if turn.role == "user"),
         listed=len(pictures) > 0,
-        extra={key: value for key, value in row.items() if key != "messages"},
+        extra={
+            key: value for key, value in row.items() if key != "messages" and (key != "videos" or not videos)
+        },
     )
+
+
+def _with_videos(turns: list[Turn], videos: Sequence[Any], where: str) -> list[Turn]:
+    """The turns with the videos that stand beside them, by the tags of the user's turns that have none."""
+    asked = [
+        turn.text.count("<video>") if turn.role == "user" and not turn.of_kind("video") else 0
+        for turn in turns
+    ]
+    if sum(asked) != len(videos):
+        raise DataError(
+            f"{where}: has {sum(asked)} <video> tag(s) but {len(videos)} videos; write a tag for each"
+        )
+    for n, video in enumerate(videos):
+        if not isinstance(video, str) or not video:
+            raise DataError(f"{where}.videos[{n}] must be a path, found {video!r:.60}")
+    left = iter(videos)
+    return [
+        replace(turn, parts=(*(Part("video", next(left)) for _ in range(count)), *turn.parts))
+        for turn, count in zip(turns, asked, strict=True)
+    ]
 
 
 def _filled(item: Any, left: Iterator[Any]) -> Any:

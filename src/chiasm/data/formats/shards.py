@@ -164,6 +164,10 @@ def index_tar(file: File, label: str) -> Arrays:
                 setattr(tar, "members", [])  # noqa: B010 - else it keeps every header; the type stubs do not know it
                 if not member.isreg():
                     continue
+                if member.issparse():
+                    raise DataError(
+                        f"{label}: {member.name} is stored with holes; write the shard without --sparse"
+                    )
                 folder, slash, name = member.name.rpartition("/")
                 stem, dot, ending = name.partition(".")
                 if not dot or not stem:
