@@ -149,7 +149,7 @@ class DatasetSpec:
         if not _is_int(self.seed) or self.seed < 0:
             raise ConfigError(f"seed must be an integer of at least 0, got {self.seed!r}")
 
-    def open(self, name: str, *, cache: str | Path | None = None) -> Dataset:
+    def open(self, name: str, *, cache: str | Path | None = None) -> FileDataset | Subset:
         """Open the data set: files are found and the first row is looked at; the index is built when it is needed.
 
         Args:
@@ -160,7 +160,7 @@ class DatasetSpec:
             DataError: no file, a file that is empty or not of the format, a first row of no known kind.
             MissingExtraError: parquet without pyarrow.
         """
-        dataset: Dataset = FileDataset(name, self, cache=None if cache is None else Path(cache))
+        dataset = FileDataset(name, self, cache=None if cache is None else Path(cache))
         return dataset if self.repeat_time >= 1 else Subset(dataset, self.repeat_time, self.sample, self.seed)
 
 
@@ -218,6 +218,11 @@ class FileDataset:
         """See `Dataset`."""
         source, row = self._at(index)
         return source.where(row)
+
+    @property
+    def root(self) -> str:
+        """Folder that relative paths are under."""
+        return self.spec.root
 
     def unplaced(self, index: int) -> Record:
         """The sample with the paths of its media as the row has them: what is written back.
@@ -277,6 +282,11 @@ class Subset:
     def where(self, index: int) -> str:
         """See `Dataset`."""
         return self.dataset.where(self._row(index))
+
+    @property
+    def root(self) -> str:
+        """See `FileDataset.root`."""
+        return self.dataset.root
 
     def unplaced(self, index: int) -> Record:
         """See `FileDataset.unplaced`."""

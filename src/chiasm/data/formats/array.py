@@ -20,7 +20,7 @@ from chiasm.errors import DataError
 
 __all__ = ["JsonArray", "index_array", "index_array_slowly"]
 
-BLOCK = 1 << 20
+BLOCK = 1 << 18
 FIRST = 1 << 20
 _BOM = b"\xef\xbb\xbf"
 _SPACE = b" \t\r\n"

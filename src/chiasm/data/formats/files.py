@@ -191,7 +191,7 @@ def keep_index(kind: str, file: File, cache: Path | None, build: Callable[[], Ar
     target = cache / f"{file.path.name[:80]}.{key}.npz"
     mark = np.array([_VERSION, *file.stamp], np.int64)
     try:
-        with np.load(target, allow_pickle=False) as kept:
+        with target.open("rb") as stored, np.load(stored, allow_pickle=False) as kept:
             if np.array_equal(kept["stamp"], mark):
                 return {name: kept[name] for name in kept.files if name != "stamp"}
     # A cache that is absent, cut off or of another version is built again.

@@ -100,9 +100,8 @@ def parse_json(data: bytes, where: Any) -> Any:
             raise DataError(f"{where()}: is empty: write a row there, or remove the comma") from error
         cut = error.pos >= len(text) or error.msg.startswith("Unterminated")
         what = "is cut off" if cut else "is not JSON"
-        raise DataError(
-            f"{where()}: {what} ({error.msg} at character {error.pos + 1} of {len(text)}): repair or remove the row"
-        ) from error
+        place = f"character {min(error.pos + 1, len(text))} of {len(text)}"
+        raise DataError(f"{where()}: {what} ({error.msg} at {place}): repair or remove the row") from error
     except RecursionError as error:
         raise DataError(f"{where()}: is nested too deeply to be a row; repair or remove it") from error
     except ValueError as error:  # a number of more digits than Python converts

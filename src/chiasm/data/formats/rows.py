@@ -81,7 +81,8 @@ def read_row(row: Any, kind: Kind | None, where: str, *, question: str = "") -> 
     if not isinstance(row, Mapping):
         raise DataError(f"{where}: must be a JSON object, not {_type(row)}")
     # The common case costs nothing more: rows whose pictures are paths.
-    if kind == "internvl" and "images" not in row and _plain(row.get("image")):
+    talk = row.get("conversations")
+    if kind == "internvl" and "images" not in row and _plain(row.get("image")) and not isinstance(talk, str):
         return from_row(row, where=where)
     pictures = list(_pictures(row, where))
     rest = {key: value for key, value in row.items() if key not in _IMAGE_FIELDS}
