@@ -299,7 +299,7 @@ def _lint_lines(report: Report, out: Path | None) -> list[str]:
     for code in report.codes:
         rule, shown = RULES[code], report.examples.get(code, [])
         head = paint(f"{rule.severity} {code} {rule.name}", _COLOURS[rule.severity], "bold")
-        lines.append(f"{head}: {rule.says}")
+        lines.append(f"{head}: {_plain(rule.says)}")
         lines += [f"  {plain_text(one_line(f'{one.where}: {one.message}'))}" for one in shown]
         if (more := report.found[code] - len(shown)) > 0:
             lines.append(f"  and {more:,} more" + (f", all in {out}" if out else ""))
@@ -324,6 +324,11 @@ def _lint_lines(report: Report, out: Path | None) -> list[str]:
     speed = report.rows / max(report.seconds, 1e-9)
     lines.append(f"{report.rows:,} rows of {len(report.stats)} set(s): {counts} ({speed:,.0f} rows a second)")
     return lines
+
+
+def _plain(text: str) -> str:
+    """Without the marks of Markdown, which the rules' texts have for their page."""
+    return text.replace("`", "")
 
 
 def _stats_lines(found: list[SetStats], whole: SetStats) -> list[str]:
