@@ -16,6 +16,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from chiasm.cli.data_convert import convert_data_command
+from chiasm.cli.data_filter import filter_command
+from chiasm.cli.data_pack import pack_command
 from chiasm.cli.terminal import note, one_line, paint, plain_text
 from chiasm.errors import ConfigError, UsageError
 
@@ -228,8 +231,9 @@ def stats_command(
 
 data_app.command("lint")(lint_command)
 data_app.command("stats")(stats_command)
-# Further verbs of this group are entered here, in the order of their help:
-# data_app.command("convert")(convert_data_command), filter, pack, build.
+data_app.command("pack")(pack_command)
+data_app.command("convert")(convert_data_command)
+data_app.command("filter")(filter_command)
 
 
 def _spec(model: str, template: str | None, max_tiles: int | None, max_length: int | None) -> LayoutSpec:
