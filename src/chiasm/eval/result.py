@@ -195,11 +195,10 @@ def compare_results(
             interval = (value - 1.96 * error, value + 1.96 * error)
             p_value = 2 * NormalDist().cdf(-abs(value) / error) if error else float(value == 0)
     else:
-        compute = STATISTICS[ours.statistic]
+        left, right = STATISTICS[ours.statistic](ours.rows), STATISTICS[ours.statistic](theirs.rows)
 
         def headline(weights: np.ndarray) -> float:
-            a, b = compute(ours.rows, weights), compute(theirs.rows, weights)
-            return next(iter(a.values())) - next(iter(b.values()))
+            return next(iter(left(weights).values())) - next(iter(right(weights).values()))
 
         value = headline(np.ones(len(groups)))
         if pictures > 1:

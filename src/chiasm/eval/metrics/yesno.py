@@ -14,7 +14,7 @@ its bootstrap. Shape legend: N questions.
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
 
@@ -26,7 +26,9 @@ __all__ = [
     "YESNO_VERSION",
     "all_right",
     "binary_f1",
+    "f1_of",
     "mme_scores",
+    "mme_sums",
     "parse_yes_no",
     "parse_yes_no_mme",
 ]
@@ -88,15 +90,20 @@ def binary_f1(
     positive = np.array([label == "yes" for label in labels_N], bool)
     yes = np.array([value == "yes" for value in predicted_N], bool)
     parsed = np.array([value is not None for value in predicted_N], bool)
-    said = np.where(parsed, yes, ~positive)
-    tp, fp = weights[said & positive].sum(), weights[said & ~positive].sum()
-    fn, total = weights[~said & positive].sum(), weights.sum()
+    return f1_of(np.where(parsed, yes, ~positive), positive, weights) | {
+        "yes_ratio": _ratio(weights[yes].sum(), weights.sum())
+    }
+
+
+def f1_of(said_N: np.ndarray, positive_N: np.ndarray, weights_N: np.ndarray) -> dict[str, float]:
+    """The ratios of `binary_f1` but the last, from arrays of bool: what was said, and what is right."""
+    tp, fp = weights_N[said_N & positive_N].sum(), weights_N[said_N & ~positive_N].sum()
+    fn = weights_N[~said_N & positive_N].sum()
     return {
         "f1": _ratio(2 * tp, 2 * tp + fp + fn),
-        "accuracy": _ratio(weights[said == positive].sum(), total),
+        "accuracy": _ratio(weights_N[said_N == positive_N].sum(), weights_N.sum()),
         "precision": _ratio(tp, tp + fp),
         "recall": _ratio(tp, tp + fn),
-        "yes_ratio": _ratio(weights[yes & parsed].sum(), total),
     }
 
 
@@ -133,12 +140,16 @@ def mme_scores(
         at = [n for n, name in enumerate(tasks_N) if name == task]
         accuracy = _ratio((weights[at] * (right[at] == 1)).sum(), weights[at].sum())
         scores[task] = 100 * accuracy + 100 * all_right(right[at], [pictures_N[n] for n in at], weights[at])
-    sums = {
+    return mme_sums(scores) | scores
+
+
+def mme_sums(scores: Mapping[str, float]) -> dict[str, float]:
+    """{"total", "perception", "cognition"} of the points of tasks."""
+    return {
         "total": sum(scores.values()),
         "perception": sum(value for task, value in scores.items() if task.lower() in PERCEPTION),
         "cognition": sum(value for task, value in scores.items() if task.lower() in COGNITION),
     }
-    return sums | scores
 
 
 def _ratio(part: float, whole: float) -> float:
