@@ -83,6 +83,16 @@ def test_means_of_categories():
         summarise([])
 
 
+def test_a_question_may_be_of_several_categories():
+    both = [
+        Row(key=str(n), group=str(n), grade=1, category=kind, value="yes", label=label)
+        for n, (kind, label) in enumerate([("random,popular", "yes"), ("popular", "no")])
+    ]
+    found = summarise(both, "f1")
+    assert (found["f1 random"].value, found["f1 popular"].value) == (1.0, pytest.approx(2 / 3))
+    assert found["f1"].value == pytest.approx(5 / 6)
+
+
 def test_circles_and_hallusion():
     four = [
         Row(key=str(n), group="p", grade=g, units={"circle": c, "figure": "f", "question": str(n)})

@@ -54,6 +54,14 @@ def test_published_strings():
     assert get_prompt("caption").render() == "Provide a one-sentence caption for the provided image."
 
 
+def test_an_instruction_is_not_said_twice():
+    asked = get_prompt("short").render("What colour?")
+    assert get_prompt("short").render(asked) == asked
+    choice = get_prompt("choice").render(f"Which?\n{get_prompt('choice').instruction}", options={"A": "one"})
+    assert choice.count("given choices directly") == 1
+    assert choice.endswith("A. one")
+
+
 def test_reasoning_prompts_ask_for_what_is_extracted():
     from chiasm.eval.metrics.extract import final_answer
 

@@ -57,7 +57,7 @@ def evaluate_bench(
         ChiasmError: whatever the data or the model lack.
     """
     from chiasm.eval.benchmarks.read import read_items
-    from chiasm.eval.benchmarks.run import Settings, run_bench
+    from chiasm.eval.benchmarks.run import Settings, check_request, run_bench
     from chiasm.eval.benchmarks.table import get_bench
     from chiasm.eval.families import describe
     from chiasm.hub import load
@@ -73,8 +73,8 @@ def evaluate_bench(
         raise UsageError("--frames: give every number of frames once")
     left_out = _ids(exclude) if exclude is not None else []
     items = read_items(data, images=images, answers=answers, prefer=row.prefer, limit=limit, exclude=left_out)
-    for item in items:
-        row.scoring.check(item)
+    for run in runs:
+        check_request(row, items, run)
     options: dict[str, Any] = {} if max_tiles is None else {"max_tiles": max_tiles}
     chat = load(model, device=device, quantize=quantize, **options)
     about, facts = describe(chat), environment()

@@ -420,8 +420,9 @@ def eval_command(
         bool, typer.Option("--json", help="Print the whole results as one JSON object.")
     ] = False,
 ) -> None:
-    """Score a model on held-out pictures beside its controls, or on a public benchmark. Interrupt it at any time;
-    it continues.
+    """Score a model on held-out pictures, or on a public benchmark.
+
+    Interrupt it at any time; it continues.
     """
     special = {
         "--data": data,

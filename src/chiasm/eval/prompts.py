@@ -49,8 +49,16 @@ class Prompt:
         ):
             raise ConfigError(f"prompt {self.name} asks nothing: put {{question}} into its template")
 
+    @property
+    def instruction(self) -> str:
+        """What the template says behind its last field: the part that some files hold in their questions already."""
+        return self.template.rpartition("}")[2].strip()
+
     def render(self, question: str = "", *, options: Mapping[str, str] | None = None, hint: str = "") -> str:
-        """The text that is asked; braces in the question stay as they are."""
+        """The text that is asked; braces in the question stay as they are.
+
+        A question that holds the instruction already (LLaVA's files do) is asked without saying it twice.
+        """
         shown = "\n".join(
             self.option.replace("{letter}", letter).replace("{text}", text)
             for letter, text in (options or {}).items()
@@ -61,8 +69,11 @@ class Prompt:
             "hint": hint.strip(),
             "ref": question.strip(),
         }
+        template = self.template
+        if self.instruction and self.instruction in question:
+            template = template[: template.rindex(self.instruction)].rstrip()
         lines = []
-        for line in self.template.split("\n"):
+        for line in template.split("\n"):
             names = [name for name in _FIELDS if f"{{{name}}}" in line]
             if names and not any(values[name] for name in names):
                 continue

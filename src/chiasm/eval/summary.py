@@ -111,7 +111,10 @@ def _f1(rows: Sequence[Row]) -> Callable[[np.ndarray], dict[str, float]]:
     positive = np.array([row.label == "yes" for row in rows], bool)
     yes = np.array([row.value == "yes" for row in rows], bool)
     said = np.where(np.array([row.value is not None for row in rows], bool), yes, ~positive)
-    places = _places(rows)
+    # VLMEvalKit's table asks a question once and lists the categories it belongs to.
+    kinds = [row.category.split(",") for row in rows]
+    names = dict.fromkeys(name for kind in kinds for name in kind)
+    places = {name: np.flatnonzero([name in kind for kind in kinds]) for name in names}
 
     def compute(weights: np.ndarray) -> dict[str, float]:
         parts = {f"f1 {k}": f1_of(said[at], positive[at], weights[at])["f1"] for k, at in places.items()}

@@ -11,7 +11,7 @@ grade of single samples, and vote@N the vote over all.
 Seeds: sample k of a question has a seed of its own, made of the run's seed, the question's id and k, so that an answer
 depends neither on the batch nor on how often one was interrupted.
 
-Shape legend: Q questions, N samples of each, k votes.
+Shape legend: Q questions, N samples of each, k (K) votes, S subsets, C different answers.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import itertools
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -105,20 +106,37 @@ def vote_at(
         raise ConfigError(
             f"vote@{k} of {n} samples with {len(grades)} grades: choose k from 1 to the number of samples"
         )
-    if k == 1:
-        return sum(g for b, g in zip(ballots, grades, strict=True) if b is not None) / n, True
     exact = math.comb(n, k) <= subsets
     if exact:
-        chosen = itertools.combinations(range(n), k)
+        chosen_SK = _subsets(n, k)
     else:
         rng = np.random.Generator(np.random.PCG64(derive_seed(seed, "vote", n, k)))
-        chosen = (sorted(rng.choice(n, size=k, replace=False).tolist()) for _ in range(subsets))
-    total, count = 0.0, 0
-    for picked in chosen:
-        winner = majority([ballots[i] for i in picked])
-        total += 0.0 if winner is None else grades[picked[winner]]
-        count += 1
-    return total / count, exact
+        chosen_SK = np.sort(rng.random((subsets, n)).argsort(1)[:, :k], 1)
+    return float(_winning(ballots, grades, chosen_SK).mean()), exact
+
+
+@lru_cache(maxsize=64)
+def _subsets(n: int, k: int) -> np.ndarray:
+    return np.array(list(itertools.combinations(range(n), k)), np.int64)
+
+
+def _winning(
+    ballots: Sequence[Hashable | None], grades: Sequence[float], chosen_SK: np.ndarray
+) -> np.ndarray:
+    """(S,) grade of the sample that `majority` finds in each subset, 0 where nothing was parsed."""
+    names = [name for name in dict.fromkeys(ballots) if name is not None]
+    if not names:
+        return np.zeros(len(chosen_SK))
+    k = chosen_SK.shape[1]
+    values = np.array([np.array([ballot == name for ballot in ballots]) for name in names])
+    votes_CSK = values[:, chosen_SK]
+    count_CS = votes_CSK.sum(2)
+    first_CS = votes_CSK.argmax(2)
+    # More votes win; of equal ones the earlier first vote, which is less than k and so never outweighs a vote.
+    winner_S = (count_CS * k - first_CS * (count_CS > 0)).argmax(0)
+    at = np.arange(len(chosen_SK))
+    sample_S = chosen_SK[at, first_CS[winner_S, at]]
+    return np.where(count_CS.max(0) > 0, np.asarray(grades, np.float64)[sample_S], 0.0)
 
 
 def vote_curve(

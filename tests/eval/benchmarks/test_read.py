@@ -386,6 +386,13 @@ def test_any_text_is_a_list_or_not(text):
     assert isinstance(read_answers(text, "x"), tuple)
 
 
+def test_lists_as_answers():
+    assert read_answers("['3', 'three']", "x") == ("3", "three")  # several answers
+    assert read_answers("[3, 7]", "x") == ("[3, 7]",)  # one answer that is a list
+    assert read_answers([1, 2.0, "x"], "x") == ("1", "2", "x")
+    assert read_answers(True, "x") == ("yes",)
+
+
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
 @given(st.binary(max_size=60), st.sampled_from([".tsv", ".jsonl", ".json", ".txt"]))
 def test_any_bytes_are_read_or_refused(tmp_path, raw, suffix):

@@ -127,7 +127,9 @@ def read_answers(value: Any, where: str) -> tuple[str, ...]:
         return ()
     if isinstance(value, str):
         listed = parse_list(value)
-        return tuple(str(v) for v in listed) if listed is not None and listed else (value,)
+        # A list of texts is several answers; a list of numbers is one answer that is a list.
+        several = bool(listed) and all(isinstance(v, str) for v in listed or ())
+        return tuple(listed or ()) if several else (value,)
     if isinstance(value, bool):
         return ("yes" if value else "no",)
     if isinstance(value, int | float):

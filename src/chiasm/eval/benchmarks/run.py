@@ -30,7 +30,7 @@ from chiasm.media.image import open_image
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["Settings", "messages_of", "run_bench"]
+__all__ = ["Settings", "check_request", "messages_of", "run_bench"]
 
 BATCH = 16
 
@@ -106,13 +106,7 @@ def run_bench(
     """
     settings = settings or Settings()
     scorer = bench.scoring
-    if settings.votes > 1 and scorer.corpus is not None:
-        raise UsageError(f"{bench.name}: captions cannot vote; leave --votes out")
-    if settings.frames is not None and bench.frames is None and not any(item.video for item in items):
-        raise UsageError(f"{bench.name} shows pictures: frames are for videos")
-    prompts = _prompts(bench, settings)
-    for item in items:
-        scorer.check(item)
+    prompts = check_request(bench, items, settings)
     frames = settings.frames or bench.frames
     manifest = _manifest(bench, items, settings, prompts, frames, model, about or {}, environment or {})
     spec = getattr(model, "spec", None)
@@ -155,6 +149,23 @@ def run_bench(
         extra=graded.extra,
         record=record,
     )
+
+
+def check_request(bench: Bench, items: Sequence[Item], settings: Settings) -> tuple[Prompt, Prompt]:
+    """Everything that can be wrong before a model is there; returns the prompts (with options, without).
+
+    Raises:
+        UsageError: the settings do not fit the bench.
+        DataError: an item that cannot be scored; the message begins with where it stands.
+    """
+    if settings.votes > 1 and bench.scoring.corpus is not None:
+        raise UsageError(f"{bench.name}: captions cannot vote; leave --votes out")
+    if settings.frames is not None and bench.frames is None and not any(item.video for item in items):
+        raise UsageError(f"{bench.name} shows pictures: frames are for videos")
+    prompts = _prompts(bench, settings)
+    for item in items:
+        bench.scoring.check(item)
+    return prompts
 
 
 def messages_of(
