@@ -357,15 +357,144 @@ def eval_command(
         str | None, typer.Option(metavar="HOW", help="Round weights, as for chiasm chat.")
     ] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads of PyTorch.")] = None,
+    bench: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="A public benchmark in place of the families; 'list' shows them."),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH",
+            help="Its questions: .tsv, .jsonl, .json, .parquet, or a folder (see docs/evaluation.md).",
+        ),
+    ] = None,
+    images: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Its pictures; default: beside the questions.")
+    ] = None,
+    answers: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="Its answers, where the questions come without.")
+    ] = None,
+    exclude: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Ids of questions to leave out, one a line.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Ask only the first so many questions.")] = None,
+    mode: Annotated[
+        str | None, typer.Option(metavar="MODE", help="Metrics: chiasm (default), or original as released.")
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Another prompt than the benchmark's.")
+    ] = None,
+    cot: Annotated[bool, typer.Option("--cot", help="Ask for reasoning step by step.")] = False,
+    votes: Annotated[
+        int | None, typer.Option(metavar="K", help="Sample K answers to each question and let them vote.")
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="Of sampling; default 0.8 with --votes, else 0 (greedy).")
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Sample from the likeliest tokens of this share.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of sampling.")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Longest answer of a benchmark in tokens.")
+    ] = None,
+    max_tiles: Annotated[int | None, typer.Option(help="Most tiles of a benchmark's pictures.")] = None,
+    frames: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N,M", help="Frames of a benchmark's videos; several are a sweep, all reported."
+        ),
+    ] = None,
+    compare: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            help="Twice: compare two result.json of benchmarks question by question, and nothing else.",
+        ),
+    ] = None,
+    vary: Annotated[
+        str,
+        typer.Option(metavar="A,B", help="What --compare compares on purpose; all else must be equal."),
+    ] = "model",
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the whole results as one JSON object.")
     ] = False,
 ) -> None:
-    """Score a model on held-out pictures beside its controls. Interrupt it at any time; it continues."""
+    """Score a model on held-out pictures, or on a public benchmark.
+
+    Interrupt it at any time; it continues.
+    """
+    special = {
+        "--data": data,
+        "--images": images,
+        "--answers": answers,
+        "--exclude": exclude,
+        "--limit": limit,
+        "--mode": mode,
+        "--prompt": prompt,
+        "--cot": cot or None,
+        "--votes": votes,
+        "--temperature": temperature,
+        "--top-p": top_p,
+        "--seed": seed,
+        "--max-new-tokens": max_new_tokens,
+        "--max-tiles": max_tiles,
+        "--frames": frames,
+    }
+    if compare:
+        _compare(compare, vary, as_json)
+        return
+    if bench is None and any(value is not None for value in special.values()):
+        name = next(name for name, value in special.items() if value is not None)
+        raise UsageError(f"{name} is for benchmarks: add --bench NAME (--bench list shows them)")
     if threads is not None:
         import torch
 
         torch.set_num_threads(threads)
+    if bench is not None:
+        owned = {
+            "--families": families,
+            "--n": n,
+            "--perplexity": perplexity or None,
+            "--card": card or None,
+            "--run": runs or None,
+        }
+        clash = next((name for name, value in owned.items() if value is not None), None)
+        if clash or split != "test":
+            raise UsageError(f"{clash or '--split'} is for the families: leave it out with --bench")
+        from chiasm.cli.bench import bench_table, evaluate_bench, list_benches
+
+        if bench == "list":
+            print(list_benches())
+            return
+        reporter = _Reporter()
+        with reporter:
+            found = evaluate_bench(
+                model,
+                bench,
+                data,
+                images=images,
+                answers=answers,
+                exclude=exclude,
+                limit=limit,
+                out=out,
+                frames=_numbers(frames),
+                device=device,
+                quantize=quantize,
+                max_tiles=max_tiles,
+                report=reporter,
+                mode=mode,
+                prompt=prompt,
+                cot=cot,
+                votes=votes,
+                temperature=temperature,
+                top_p=top_p,
+                seed=seed,
+                max_new_tokens=max_new_tokens,
+                batch=batch,
+            )
+        print(json.dumps(found, ensure_ascii=False) if as_json else bench_table(found))
+        return
     results = evaluate(
         model,
         families=[name.strip() for name in families.split(",") if name.strip()] if families else None,
@@ -380,3 +509,32 @@ def eval_command(
         quantize=quantize,
     )
     print(json.dumps(results, ensure_ascii=False) if as_json else table(results))
+
+
+def _numbers(text: str | None) -> list[int]:
+    """``16,32`` as numbers; UsageError for anything else."""
+    try:
+        return [int(word) for word in text.split(",")] if text else []
+    except ValueError:
+        raise UsageError(
+            f"--frames {text}: write whole numbers between commas, for instance 16,32,64"
+        ) from None
+
+
+def _compare(files: Sequence[Path], vary: str, as_json: bool) -> None:
+    if len(files) != 2:
+        raise UsageError("--compare FILE --compare FILE: name two results")
+    from chiasm.cli.bench import compare_command
+
+    free = [name.strip() for name in vary.split(",") if name.strip()]
+    found = compare_command(files[0], files[1], free)
+    if as_json:
+        print(json.dumps(found))
+        return
+    ends = (
+        "" if found["interval"] is None else f" ({found['interval'][0]:+.4f} to {found['interval'][1]:+.4f})"
+    )
+    p_value = "" if found["p_value"] is None else f", p = {found['p_value']:.4g}"
+    print(
+        f"difference {found['value']:+.4f}{ends}{p_value}, {found['n']} questions, {found['pictures']} pictures"
+    )

@@ -1,22 +1,35 @@
 """Intervals and paired comparisons of scores, on a few hundred to a few thousand items.
 
 What: Wilson's interval of a proportion, the percentile bootstrap of a paired difference and of a mean, the exact
-McNemar test. Sources: Wilson 1927; McNemar 1947; Efron 1979. Everything is seeded and a function of its arguments.
+McNemar test; and, where several questions share a picture, standard errors and a bootstrap over pictures.
+Sources: Wilson 1927; McNemar 1947; Efron 1979; Liang & Zeger 1986 (clusters). Everything is seeded and a function of
+its arguments.
 
-Shape legend: N items, R resamples.
+Shape legend: N items, G clusters (pictures), R resamples.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from statistics import NormalDist
 
 import numpy as np
 
 from chiasm.errors import DataError
 
-__all__ = ["RESAMPLES", "Interval", "bootstrap_mean", "mcnemar", "paired_difference", "wilson"]
+__all__ = [
+    "RESAMPLES",
+    "Interval",
+    "bootstrap_mean",
+    "cluster_bootstrap",
+    "cluster_draws",
+    "clustered_mean",
+    "mcnemar",
+    "paired_difference",
+    "share_interval",
+    "wilson",
+]
 
 Interval = tuple[float, float]
 """(low, high)."""
@@ -34,13 +47,16 @@ def wilson(correct: int, n: int, level: float = 0.95) -> Interval:
     """
     if n < 1 or not 0 <= correct <= n:
         raise DataError(f"no interval for {correct} correct of {n}: score at least one item")
+    return _wilson(correct / n, n, level)
+
+
+def _wilson(share: float, n: float, level: float) -> Interval:
     z = _z(level)
-    share = correct / n
     middle = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     # At the ends the exact bound is 0 or 1; rounding must not move it.
-    low = 0.0 if correct == 0 else max(0.0, middle - half)
-    high = 1.0 if correct == n else min(1.0, middle + half)
+    low = 0.0 if share == 0 else max(0.0, middle - half)
+    high = 1.0 if share == 1 else min(1.0, middle + half)
     return low, high
 
 
@@ -108,6 +124,87 @@ def mcnemar(ours_N: Sequence[bool] | np.ndarray, theirs_N: Sequence[bool] | np.n
     # Integers of any length: exact, where a product of small floats would underflow.
     tail = sum(math.comb(n, k) for k in range(min(wins, losses) + 1))
     return min(1.0, float(2 * tail / 2**n)) if n else 1.0
+
+
+def clustered_mean(
+    values_N: Sequence[float] | np.ndarray, groups_N: Sequence[Hashable]
+) -> tuple[float, float | None, int]:
+    """Return (mean, its standard error, number of clusters) when items of a cluster are not independent.
+
+    se² = G / (G - 1) * sum over clusters of (sum of its deviations from the mean)² / N²; with clusters of one item each
+    that is the textbook error. None with a single cluster, which says nothing about others.
+
+    Raises:
+        DataError: no items, or not a group for each.
+    """
+    values = np.asarray(values_N, np.float64)
+    if values.ndim != 1 or not len(values) or len(values) != len(groups_N):
+        raise DataError(
+            f"cannot average values of shape {values.shape} in {len(groups_N)} groups: one group an item"
+        )
+    mean = float(values.mean())
+    index_N, count = _index(groups_N)
+    if count < 2:
+        return mean, None, count
+    sums_G = np.bincount(index_N, weights=values - mean, minlength=count)
+    return mean, float(math.sqrt(count / (count - 1) * (sums_G**2).sum()) / len(values)), count
+
+
+def share_interval(share: float, error: float | None, clusters: int, level: float = 0.95) -> Interval:
+    """Return the interval of a share whose standard error is known: Wilson's, with share (1 - share) / error² items.
+
+    That many independent items would have this error. Where the error is 0 or unknown (all right, all wrong, one
+    cluster) every cluster counts as one item.
+    """
+    n = share * (1 - share) / error**2 if error else float(clusters)
+    return _wilson(min(1.0, max(0.0, share)), max(n, 1e-9), level)
+
+
+def cluster_draws(groups_N: Sequence[Hashable], *, resamples: int = 1000, seed: int = 0) -> list[np.ndarray]:
+    """Return R arrays (N,): how often each item stands in a resample that draws whole clusters with replacement."""
+    index_N, count = _index(groups_N)
+    rng = np.random.Generator(np.random.PCG64(seed))
+    return [
+        rng.multinomial(count, np.full(count, 1 / count))[index_N].astype(np.float64)
+        for _ in range(resamples)
+    ]
+
+
+def cluster_bootstrap(
+    statistic: Callable[[np.ndarray], Mapping[str, float]],
+    groups_N: Sequence[Hashable],
+    level: float = 0.95,
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, tuple[float, float, float]]:
+    """Return name -> (standard error, low, high) of a statistic that takes a weight for each item.
+
+    Args:
+        statistic: weights (N,) -> values by name, the same names for all weights.
+        groups_N: the cluster of each item.
+        level: of the percentile interval.
+        resamples: number of draws.
+        seed: of the draws.
+
+    Raises:
+        DataError: fewer than two clusters.
+    """
+    if len(set(groups_N)) < 2:
+        raise DataError("no interval from one picture: score questions about at least two")
+    values = [statistic(weights) for weights in cluster_draws(groups_N, resamples=resamples, seed=seed)]
+    out = {}
+    for name in values[0]:
+        column = np.array([value[name] for value in values])
+        low, high = np.quantile(column, _tails(level))
+        out[name] = (float(column.std(ddof=1)), float(low), float(high))
+    return out
+
+
+def _index(groups: Sequence[Hashable]) -> tuple[np.ndarray, int]:
+    """Clusters as 0 … G - 1, in the order of their first items."""
+    known: dict[Hashable, int] = {}
+    return np.array([known.setdefault(group, len(known)) for group in groups], np.int64), len(known)
 
 
 def _pair(
