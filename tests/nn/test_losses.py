@@ -1,5 +1,7 @@
 """Losses: chunked cross-entropy against the plain one, what it computes and what not; weights; distillation."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -172,6 +174,21 @@ def test_token_weights_by_hand(documents: list[list[bool]], power: float) -> Non
     weights = token_weights(labels, docs, power)
     assert weights.dtype == torch.float32
     assert weights.tolist() == pytest.approx(expected)
+
+
+@given(
+    documents=st.lists(st.lists(st.booleans(), min_size=1, max_size=9), min_size=1, max_size=4),
+    power=st.sampled_from([0.0, 0.5, 1.0]),
+)
+def test_weights_by_response_by_hand(documents: list[list[bool]], power: float) -> None:
+    labels = torch.tensor([5 if on else IGNORE for document in documents for on in document])
+    docs = torch.tensor([10 * i for i, document in enumerate(documents) for _ in document])
+    expected: list[float] = []
+    for document in documents:  # a response is what lies between two rows without a label
+        for on, run in itertools.groupby(document):
+            rows = len(list(run))
+            expected += [rows**-power if on else 0.0] * rows
+    assert token_weights(labels, docs, power, "response").tolist() == pytest.approx(expected)
 
 
 def test_sample_weights_of_each_document_add_up_to_one() -> None:

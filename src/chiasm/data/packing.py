@@ -7,9 +7,10 @@ out packs. Both methods keep at most `buffer` packs open.
 
 - ``best_fit``, the paper's search: the open pack with the most tokens into which the sample fits, found by binary
   search; where its tiles do not fit, the next shorter one. A pack is full when no token fits. Beyond `buffer` open
-  packs the one that is fullest on its fuller axis goes (ties: more tokens, then older). Not the one with the most
-  tiles, as the code has it: that sends away packs which long texts would still fill. Nor the one with the most tokens:
-  where little text comes, packs at the tile limit would take over the buffer. This rule serves both.
+  packs the one with the most tokens goes (ties: the older): it wastes least. Packs at the tile limit, which only text
+  can still fill, are kept as long as they are at most half of the buffer; beyond that the one of them with the most
+  tokens goes, or they would take it over where little text comes. The released code's rule, the most tiles, sends
+  packs away that text would still fill: a tenth of all tokens of the example below (docs/packing.md has the figures).
 - ``first_fit``, the released code's: open packs by falling number of tiles, the first into which the sample fits. A
   pack is full when either limit is reached. Beyond `buffer` the one with the most tiles goes.
 
@@ -68,7 +69,11 @@ POOR = 256
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """A sample as the packer sees it; see `Measure` for the fields. `runs` None: every row carries a label."""
+    """A sample as the packer sees it; see `Measure` for the fields.
+
+    `runs` None: every row carries a label. With tiles and without `cuts` nobody knows where its pictures lie: it cannot
+    be cut.
+    """
 
     key: Key
     tokens: int
@@ -314,9 +319,13 @@ class Packer:
             out.refused = size
             return
         large = [c for c in item.cuts if c[1] > self.document or c[2] > self.max_tiles]
-        if large or (item.tiles > self.max_tiles and not item.cuts):
-            taken = f"{large[0][1]} tokens, {large[0][2]} tiles" if large else f"{item.tiles} tiles"
-            out.refused = f"{size}, and one picture of {taken} cannot be cut"
+        if large:
+            out.refused = (
+                f"{size}, and one picture of {large[0][1]} tokens, {large[0][2]} tiles cannot be cut"
+            )
+            return
+        if item.tiles and not item.cuts:
+            out.refused = f"{size}, and where its pictures lie is not known"
             return
         if self.overflow == "truncate":
             stop = item.reach(0, self.document, self.max_tiles)
@@ -351,7 +360,7 @@ class Packer:
 
     def _fill_gap(self, item: Item, start: int, stop: int) -> tuple[int, int] | None:
         """(place in the list, row) where a piece that fits nowhere may be cut to fill an open pack; None: not."""
-        if self.overflow != "split" or 2 * len(self._open) < self.buffer:
+        if self.overflow != "split" or 2 * len(self._open) < self.buffer or (item.tiles and not item.cuts):
             return None
         # The most room, so that samples are cut into few and large pieces.
         order = sorted(range(len(self._open)), key=lambda n: (self._open[n].tokens, self._open[n].serial))
@@ -408,12 +417,10 @@ class Packer:
             out.packs.append(self._done(self._open.pop(last)))
 
     def _fullest(self) -> int:
-        def fullness(n: int) -> tuple[float, int, int]:
-            pack = self._open[n]
-            share = max(pack.tokens / self.max_tokens, pack.tiles / self.max_tiles)
-            return share, pack.tokens, -pack.serial
-
-        return max(range(len(self._open)), key=fullness)
+        """The most tokens, of those at the tile limit if these are more than half of the buffer."""
+        at_limit = [n for n, pack in enumerate(self._open) if pack.tiles >= self.max_tiles]
+        pool = at_limit if 2 * len(at_limit) > self.buffer else range(len(self._open))
+        return max(pool, key=lambda n: _rank(self._open[n]))
 
     def _done(self, pack: _Open) -> Pack:
         self.counts.packs += 1

@@ -12,7 +12,7 @@ Shape legend: T tokens of a packed row, S supervised ones, B rows of a chunk, D 
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -55,7 +55,7 @@ def token_weights(
         (T,) fp32, 0 where a row is not supervised.
 
     Raises:
-        ConfigError: power is outside [0, 1], count is unknown, or the two arguments differ in length.
+        ConfigError: power is outside [0, 1], or the two arguments differ in length.
     """
     if not 0.0 <= power <= 1.0:
         raise ConfigError(f"loss power {power} is outside [0, 1]: 0 is token, 0.5 square, 1 sample averaging")
@@ -63,8 +63,6 @@ def token_weights(
         raise ConfigError(
             f"labels have shape {tuple(labels_T.shape)}, documents {tuple(doc_T.shape)}: make them equal"
         )
-    if count not in get_args(Count):
-        raise ConfigError(f"loss count {count!r} is unknown: use {' or '.join(get_args(Count))}")
     supervised_T = labels_T != IGNORE
     if power == 0.0:
         return supervised_T.float()
