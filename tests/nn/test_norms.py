@@ -75,3 +75,12 @@ def test_head_norm_is_one_norm_for_queries_and_one_for_keys() -> None:
     x = torch.randn(3, 8, 6)[:, :6]  # a view, as the rows of a fused projection are
     torch.testing.assert_close(norm(x), torch.cat((q(x[:, :4]), k(x[:, 4:])), dim=1))
     assert "4 + 2 heads of 6" in repr(norm)
+
+
+def test_autocast_leaves_the_statistics_in_fp32() -> None:
+    x_TD = torch.randn(7, 512, generator=torch.Generator().manual_seed(0)) * 3
+    weight_D = torch.ones(512)
+    plain = rms_norm(x_TD, weight_D, 1e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = rms_norm(x_TD, weight_D, 1e-6)
+    assert torch.equal(cast, plain)

@@ -230,3 +230,28 @@ def test_a_checkpoint_lends_its_layout(tmp_path: Path, monkeypatch: pytest.Monke
     spec = own.layout()
     assert spec.template.name == "internvl2_5"
     assert (spec.tiles.max_tiles, spec.loss_power, spec.loss_count) == (3, 1.0, "response")
+
+
+def test_dev_sets_are_scored_and_never_drawn(folder: Path) -> None:
+    data = node(folder)
+    held = replace(
+        data, dev={"held": DatasetSpec(annotation=str(folder / "b.jsonl"), root=str(folder))}, dev_rows=4
+    )
+    source = held.open()
+    assert source.dev_families == ("held",) and "held" not in source.weights
+    rows = list(source.dev("held"))
+    assert len(rows) == 4 and all(one.labels_T is not None for one in rows)
+    again = list(source.dev("held"))
+    assert all(
+        torch.equal(a.media["image"].data, b.media["image"].data)
+        for a, b in zip(rows, again, strict=True)
+        if a.media
+    )
+
+
+def test_a_bad_dev_row_is_named(folder: Path) -> None:
+    bad = folder / "bad.jsonl"
+    bad.write_text(json.dumps(row(3, "missing.png")) + "\n")
+    source = replace(node(folder), dev={"held": DatasetSpec(annotation=str(bad), root=str(folder))}).open()
+    with pytest.raises(DataError, match=r"bad\.jsonl:1.*missing\.png"):
+        list(source.dev("held"))

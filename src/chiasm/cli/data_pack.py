@@ -134,12 +134,12 @@ def _one_of(option: str, value: str, names: Any) -> None:
 
 def _layout(model: str) -> LayoutSpec:
     """How the model lays out; a note where its tokenizer is not at hand."""
-    from chiasm.cli.plan import _understand
+    from chiasm.cli.plan import layout_of
 
-    known = _understand(model, None, None, None)
-    for text in known.notes:
+    spec, notes = layout_of(model)
+    for text in notes:
         note(text)
-    return known.spec
+    return spec
 
 
 def _measure(data: str, root: str, spec: LayoutSpec, limit: int | None, resampling: Any) -> _Found:

@@ -30,7 +30,12 @@ def rms_norm(x_D: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Ten
         return F.rms_norm(x_D, (x_D.shape[-1],), None, eps) * weight_D
     # On a CPU the composite of torch is slower than this: a dot product needs no (..., D) buffer of squares.
     h_D = x_D.float()
-    mean_square_1 = torch.linalg.vecdot(h_D, h_D).unsqueeze(-1) / h_D.shape[-1]
+    if torch.is_autocast_enabled("cpu"):  # it would take the dot product in bf16
+        with torch.autocast("cpu", enabled=False):
+            square_1 = torch.linalg.vecdot(h_D, h_D).unsqueeze(-1)
+    else:
+        square_1 = torch.linalg.vecdot(h_D, h_D).unsqueeze(-1)
+    mean_square_1 = square_1 / h_D.shape[-1]
     return (h_D * torch.rsqrt(mean_square_1 + eps)).to(x_D.dtype) * weight_D
 
 

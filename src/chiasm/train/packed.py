@@ -11,14 +11,14 @@ samples joined without limits: what packing must agree with.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, Protocol
 
 import torch
 
-from chiasm.data.datasets import Dataset, DatasetSpec, mixture_weights, read_meta
+from chiasm.data.datasets import Dataset, DatasetSpec, blaming, mixture_weights, read_meta
 from chiasm.data.feed import PackedFeed, SetOptions
 from chiasm.data.layout import LayoutSpec, layout
 from chiasm.data.mixture import Draw
@@ -93,6 +93,8 @@ class PackedData:
             mode "rand", frames None, 8 to 32.
         jpeg: quality is drawn per "tile", as the release does, or per "image", in sets that are augmented.
         quarantine: when bad samples stop the run.
+        dev: name -> data set that is never trained on; scored every ``recipe.eval_every`` steps.
+        dev_rows: rows of each of these that are scored.
 
     Raises:
         ConfigError: there are no data sets, or a limit is not positive.
@@ -111,6 +113,8 @@ class PackedData:
     sampling: FrameSampling | None = None
     jpeg: Literal["tile", "image"] = "tile"
     quarantine: QuarantinePolicy = field(default_factory=QuarantinePolicy)
+    dev: Mapping[str, DatasetSpec] = field(default_factory=dict)
+    dev_rows: int = 200
 
     def __post_init__(self) -> None:
         if not self.meta and not self.sets:
@@ -167,6 +171,25 @@ class PackedSource:
             name: SetOptions(max_tiles=own.max_tiles, change=self._jpeg if own.augment else None)
             for name, own in specs.items()
         }
+
+    @property
+    def dev_families(self) -> tuple[str, ...]:
+        """Names of the dev sets."""
+        return tuple(self.data.dev)
+
+    dev_losses = True
+
+    def dev(self, family: str) -> Iterator[Row]:
+        """Return the first rows of a dev set as documents: no augmentation, always the same frames.
+
+        Raises:
+            DataError: a row cannot be used; names it. Scores over what is left would not be comparable.
+        """
+        spec = self.data.dev[family]
+        data = spec.open(family)
+        for index in range(min(self.data.dev_rows, len(data))):
+            with blaming(data, index):
+                yield layout(data.record(index), self.spec, train=True, max_tiles=spec.max_tiles, seed=0)
 
     def _jpeg(self, tiles_N3SS: torch.Tensor, chance: torch.Generator) -> torch.Tensor:
         return jpeg_tiles(tiles_N3SS, chance, per=self.data.jpeg)

@@ -12,8 +12,9 @@ Shape legend: N pictures, S side of a tile, T rows of a packed batch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol, cast
 
 import numpy as np
 import torch
@@ -32,7 +33,18 @@ from chiasm.train.data import Source
 from chiasm.train.objective import Loss, Objective
 from chiasm.worlds.world import Sample, World
 
-__all__ = ["ChatSource", "Finetune", "FinetuneObjective", "answer_hits", "slow_document", "spell_answer"]
+LOGITS = 1024
+"""Rows whose logits exist at once while answers are scored."""
+
+__all__ = [
+    "ChatSource",
+    "DevSource",
+    "Finetune",
+    "FinetuneObjective",
+    "answer_hits",
+    "slow_document",
+    "spell_answer",
+]
 
 
 def slow_document(sample: Sample, spec: LayoutSpec) -> Row:
@@ -170,6 +182,11 @@ class ChatSource:
             return row
         return spell_answer(row, self.spec.tokenizer, self.spec.loss_power)
 
+    @property
+    def dev_families(self) -> tuple[str, ...]:
+        """Families that are drawn, in the order in which their dev samples are scored."""
+        return tuple(sorted(family for family, weight in self.weights.items() if weight > 0))
+
     def dev(self, family: str) -> list[Row]:
         """Return the first dev samples of a family as documents, unaugmented."""
         world = self._dev[family]
@@ -186,19 +203,41 @@ def answer_hits(model: CausalVLM, row: Row) -> Tensor:
     if row.labels_T is None:
         raise ConfigError("answer_hits needs labels: lay the sequence out with train=True")
     rows = (row.labels_T != IGNORE).nonzero().flatten()
-    guess = model.head.logits(model.hidden(row)[rows]).argmax(-1)  # type: ignore[operator]
+    hidden_SC = model.hidden(row)[rows]
+    guess = torch.cat([model.head.logits(part).argmax(-1) for part in hidden_SC.split(LOGITS)])  # type: ignore[operator]
     wrong = row.doc_T[rows][guess != row.labels_T[rows]].long()
     hits = torch.ones(row.docs, dtype=torch.bool, device=row.ids_T.device)
     hits[wrong] = False
     return hits
 
 
-class Finetune(Objective):
-    """Next-token loss on answers; dev scores are exact answers under greedy decoding."""
+class DevSource(Protocol):
+    """What a source needs so that `Finetune` can score its dev split.
 
-    def __init__(self, dev_batch: int) -> None:
+    With ``dev_losses`` (true) each family's mean loss is a score too.
+    """
+
+    @property
+    def dev_families(self) -> tuple[str, ...]:
+        """Names of the sets to score; () where there are none."""
+        ...
+
+    def dev(self, family: str) -> Iterable[Row]:
+        """Return the documents of one set, laid out for training, always the same."""
+        ...
+
+
+class Finetune(Objective):
+    """Next-token loss on answers; dev scores are exact answers under greedy decoding, by family of the source.
+
+    Args:
+        dev_batch: documents that are scored at once, at most.
+        dev_tokens: their rows together, at most (one document may have more).
+    """
+
+    def __init__(self, dev_batch: int, dev_tokens: int = 8192) -> None:
         super().__init__()
-        self.dev_batch = dev_batch
+        self.dev_batch, self.dev_tokens = dev_batch, dev_tokens
 
     def loss(self, model: nn.Module, batch: Row) -> Loss:
         """Return the model's own loss of a packed sequence.
@@ -226,16 +265,38 @@ class Finetune(Objective):
         return model.document_losses(batch) if isinstance(model, CausalVLM) else None
 
     def evaluate(self, model: nn.Module, source: Source) -> dict[str, float]:
-        """Return the share of exact answers by family of the dev split."""
-        if not isinstance(source, ChatSource) or not isinstance(model, CausalVLM):
-            raise ConfigError("Finetune needs a CausalVLM and a ChatSource")
+        """Return the share of exact answers by family of the dev split, and ``family/loss`` where the source asks.
+
+        Raises:
+            ConfigError: the model is no CausalVLM, or the source has no dev split (set ``eval_every`` to 0).
+        """
+        if not isinstance(model, CausalVLM) or not hasattr(source, "dev_families"):
+            raise ConfigError("Finetune scores a CausalVLM on a source with a dev split: set eval_every to 0")
+        own = cast("DevSource", source)
         scores = {}
-        for family in sorted(f for f, w in source.weights.items() if w > 0):
-            documents = source.dev(family)
-            groups = [documents[i : i + self.dev_batch] for i in range(0, len(documents), self.dev_batch)]
-            hits = torch.cat([answer_hits(model, Row.pack(group)) for group in groups])
-            scores[family] = float(hits.float().mean())
+        for family in own.dev_families:
+            hits, losses = [], []
+            for pack in self._packs(own.dev(family)):
+                hits.append(answer_hits(model, pack))
+                if getattr(source, "dev_losses", False):
+                    losses.append(model.document_losses(pack))
+            if hits:
+                scores[family] = float(torch.cat(hits).float().mean())
+            if losses:
+                scores[f"{family}/loss"] = float(torch.cat(losses).mean())
         return scores
+
+    def _packs(self, documents: Iterable[Row]) -> Iterator[Row]:
+        """The documents in order, some at a time."""
+        group: list[Row] = []
+        for document in documents:
+            full = len(group) == self.dev_batch or sum(map(len, group)) + len(document) > self.dev_tokens
+            if group and full:
+                yield Row.pack(group)
+                group = []
+            group.append(document)
+        if group:
+            yield Row.pack(group)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
