@@ -44,7 +44,7 @@ def test_the_nearest_name_is_suggested():
 
 @pytest.mark.slow
 def test_under_torchrun_the_processes_share_one_run(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += [
         "-m",
         "chiasm",

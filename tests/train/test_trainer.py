@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -58,30 +57,22 @@ def test_interrupted_equals_uninterrupted_to_the_bit(tmp_path):
     same_end(tmp_path / "parts", tmp_path / "whole")
 
 
-def kill_at_random(folder, kills, random, steps):
-    """Start a run and kill it after some random time, again and again; return the steps it had come to."""
-    reached = []
-    for _ in range(kills):
-        process = _start(folder)
-        deadline, before = time.monotonic() + 60, len(_rows(folder))
-        after = before + 1 + int(torch.randint(0, 2 * steps // kills, (), generator=random))
-        while time.monotonic() < deadline and len(_rows(folder)) < after and process.poll() is None:
-            time.sleep(0.002)
-        time.sleep(
-            0.03 * float(torch.rand((), generator=random))
-        )  # also in the middle of a step or of a save
-        process.kill()
-        process.communicate()
-        reached.append(len(_rows(folder)))
-    return reached
-
-
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the killed process is forked")
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_kill_9_and_resume_gives_the_same_curve(tmp_path, kills):
     killed, whole = tmp_path / "killed", tmp_path / "whole"
-    reached = kill_at_random(killed, kills, torch.Generator().manual_seed(kills), 30)
-    assert min(reached) > 0
-    assert len(set(reached)) > 1
+    code = (
+        "import sys; from tests.train import tiny_run as t; t.kill_at_random(sys.argv[1], int(sys.argv[2]))"
+    )
+    root = Path(__file__).parents[2]
+    path = os.pathsep.join([str(root), str(root / "src")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    command = [sys.executable, "-c", code, str(killed), str(kills)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stderr
+    reached = json.loads(done.stdout)
+    assert len(reached) == kills
+    assert 0 < min(reached) < max(reached) < 40
     quiet(tiny_run.slow_tiny(), killed).fit()
     quiet(tiny_run.slow_tiny(), whole).fit()
     assert curve(killed) == curve(whole)
@@ -105,19 +96,6 @@ def test_signals_save_and_leave_in_peace(tmp_path, number):
     quiet(tiny(), tmp_path / "run").fit()
     quiet(tiny(), tmp_path / "whole").fit()
     assert curve(tmp_path / "run") == curve(tmp_path / "whole")
-
-
-def _start(folder):
-    code = "import sys; from tests.train import tiny_run as t; t.main(sys.argv[1], t.slow_tiny())"
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{root}{os.pathsep}{root / 'src'}"}
-    command = [sys.executable, "-c", code, str(folder)]
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-
-
-def _rows(folder):
-    path = folder / "metrics.jsonl"
-    return path.read_text().splitlines() if path.exists() else []
 
 
 def test_signal_handlers_are_given_back(tmp_path):
@@ -184,7 +162,7 @@ def test_losses_of_several_parts_are_exact_where_denominators_are_known(tmp_path
 
     losses = []
     for accumulate in (1, 3):
-        for workers in (1, accumulate):
+        for workers in (1,) if accumulate == 1 else (1, 3):
             recipe = tiny(accumulate=accumulate, steps=4, eval_every=0, optim=Optim(lr=0.03))
             trainer = quiet(recipe, tmp_path / f"{accumulate}-{workers}-{known}", workers=workers)
             trainer.objective, trainer.feed = TwoParts(known), MixtureFeed(Plain(), recipe)
@@ -197,9 +175,8 @@ def test_losses_of_several_parts_are_exact_where_denominators_are_known(tmp_path
             trainer.optimizers = make_optimizers(trainer.parameters, recipe.optim)
             trainer.fit()
             losses.append([row["loss"] for row in trainer.run.metrics()])
-    assert losses[1] == losses[0]
-    assert losses[3] == losses[2]
-    exact = losses[2] == pytest.approx(losses[0], rel=1e-5)
+    assert losses[2] == losses[1]
+    exact = losses[1] == pytest.approx(losses[0], rel=1e-5)
     assert exact == known
 
 

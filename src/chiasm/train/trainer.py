@@ -159,6 +159,8 @@ class Trainer:
         self._feed_state = self.feed.state()
         if run.checkpoints():
             self._restore()
+        elif self.world.main:
+            run.rewind(0)  # what an earlier start measured before its first checkpoint
 
     # --- the loop ---
 
