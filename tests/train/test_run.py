@@ -5,10 +5,12 @@ import os
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tests.train.tiny_run import tiny
 
 from chiasm.errors import CheckpointError, UsageError
 from chiasm.train import run as run_module
+from chiasm.train import shards
 from chiasm.train.run import Checkpoint, RunFolder
 
 
@@ -77,6 +79,41 @@ def test_a_crash_while_saving_leaves_the_last_checkpoint(run, monkeypatch, victi
     run.save(checkpoint(6))  # sweeps what the crash left
     assert run.checkpoints() == [3, 6]
     assert not list(run.path.glob(".partial-*"))
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(run, monkeypatch):
+    run.save(checkpoint(3))
+
+    def full(tensors, path):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "save_file", full)
+        with pytest.raises(
+            CheckpointError, match=r"step 6 .*No space left.*step 3 is intact.*--resume"
+        ) as caught:
+            run.save(checkpoint(6))
+    assert "\n" not in str(caught.value)
+    assert run.checkpoints() == [3]
+    assert run.load().step == 3
+    assert not list(run.path.glob(".partial-*"))
+
+
+def test_shards_read_whole_and_in_parts(run, tmp_path):
+    """What several processes write, and how one reads it; see also test_parallel."""
+    tensors = {
+        "a/b": torch.arange(6.0).view(3, 2),
+        "n": torch.tensor(2.0),
+        "h": torch.ones(2, dtype=torch.bfloat16),
+    }
+    save_file(tensors, tmp_path / "x.safetensors")
+    assert shards.sizes(tmp_path)["a/b"] == ((3, 2), torch.float32)
+    read = shards.read_whole(tmp_path)
+    assert read.keys() == tensors.keys()
+    assert all(torch.equal(read[name], tensors[name]) for name in tensors)
+    with pytest.raises(CheckpointError, match="lacks 'c'"):
+        shards.read(tmp_path, {"c": torch.zeros(1)}, together=False)
 
 
 def test_prune_keeps_the_last_and_the_milestones(run):

@@ -1,14 +1,19 @@
 """`chiasm train`: recipes by name and by file, resume, JSON, errors in one line."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner
 
 from chiasm.cli.train import find_recipe, train, train_command
 from chiasm.errors import UsageError
+from chiasm.train.recipe import apply_overrides
 from chiasm.train.run import RunFolder
 
 APP = typer.Typer()
@@ -27,6 +32,48 @@ def test_names_and_files_find_recipes(tmp_path):
     ):
         with pytest.raises(UsageError, match=words):
             find_recipe(reference)
+
+
+def test_the_nearest_name_is_suggested():
+    for reference, word in (("internvl/mini_stf", "'mini_sft'"), ("intervl/debug", "'internvl'")):
+        with pytest.raises(UsageError, match=f"did you mean {word}"):
+            find_recipe(reference)
+    with pytest.raises(UsageError, match="did you mean 'warmup'"):
+        apply_overrides(find_recipe(TINY)(), ["schedule.warmpu=3"])
+
+
+@pytest.mark.slow
+def test_under_torchrun_the_processes_share_one_run(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [
+        "-m",
+        "chiasm",
+        "train",
+        "internvl/debug",
+        "--runs",
+        str(tmp_path),
+        "--set",
+        "steps=4",
+        "--json",
+    ]
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root / "src")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()
+    result = json.loads(line)
+    assert result["step"] == 4
+    assert RunFolder.open(result["run"]).checkpoints() == [4]
+    assert "2 processes" in done.stderr
+
+
+def test_a_device_that_is_not_there(tmp_path):
+    for device, words in (("cuda", "no GPU"), ("tpu", "no device 'tpu'")):
+        if device == "cuda" and torch.cuda.is_available():
+            continue
+        with pytest.raises(UsageError, match=words):
+            train(TINY, runs=tmp_path, run_id="x", device=device)
+    assert not (tmp_path / "x").exists()
 
 
 def test_start_stop_resume(tmp_path):

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,8 +16,9 @@ from tests.train.tiny_run import BlobData, tiny
 from torch import nn
 
 from chiasm.errors import ConfigError, UsageError
+from chiasm.parts.contracts import LossPart
 from chiasm.train.feed import MixtureFeed
-from chiasm.train.objective import Objective
+from chiasm.train.objective import Loss, Objective
 from chiasm.train.optim import make_optimizers, named_parameters, trainable
 from chiasm.train.progress import Progress
 from chiasm.train.recipe import Group, Optim, Schedule
@@ -57,16 +57,22 @@ def test_interrupted_equals_uninterrupted_to_the_bit(tmp_path):
     same_end(tmp_path / "parts", tmp_path / "whole")
 
 
-def test_kill_9_and_resume_gives_the_same_curve(tmp_path):
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the killed process is forked")
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_kill_9_and_resume_gives_the_same_curve(tmp_path, kills):
     killed, whole = tmp_path / "killed", tmp_path / "whole"
-    process = _start(killed)
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and len(_rows(killed)) < 13:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    assert 13 <= len(_rows(killed)) < 30
+    code = (
+        "import sys; from tests.train import tiny_run as t; t.kill_at_random(sys.argv[1], int(sys.argv[2]))"
+    )
+    root = Path(__file__).parents[2]
+    path = os.pathsep.join([str(root), str(root / "src")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    command = [sys.executable, "-c", code, str(killed), str(kills)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stderr
+    reached = json.loads(done.stdout)
+    assert len(reached) == kills
+    assert 0 < min(reached) < max(reached) < 40
     quiet(tiny_run.slow_tiny(), killed).fit()
     quiet(tiny_run.slow_tiny(), whole).fit()
     assert curve(killed) == curve(whole)
@@ -90,19 +96,6 @@ def test_signals_save_and_leave_in_peace(tmp_path, number):
     quiet(tiny(), tmp_path / "run").fit()
     quiet(tiny(), tmp_path / "whole").fit()
     assert curve(tmp_path / "run") == curve(tmp_path / "whole")
-
-
-def _start(folder):
-    code = "import sys; from tests.train import tiny_run as t; t.main(sys.argv[1], t.slow_tiny())"
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{root}{os.pathsep}{root / 'src'}"}
-    command = [sys.executable, "-c", code, str(folder)]
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-
-
-def _rows(folder):
-    path = folder / "metrics.jsonl"
-    return path.read_text().splitlines() if path.exists() else []
 
 
 def test_signal_handlers_are_given_back(tmp_path):
@@ -136,6 +129,77 @@ def test_accumulation_equals_one_batch(tmp_path):
         losses.append([row["loss"] for row in curve(tmp_path / f"a{accumulate}") if "loss" in row])
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     assert losses[2] == pytest.approx(losses[0], rel=1e-5)
+
+
+class TwoParts(Objective):
+    """Two losses with denominators of their own: rows of class 0, and rows of class 1, which weigh two each."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.known = known
+
+    def denominators(self, model, batch):
+        return (
+            {"a": float((batch.y == 0).sum()), "b": 2.0 * float((batch.y == 1).sum())} if self.known else None
+        )
+
+    def loss(self, model, batch):
+        each = model(batch.x).square().sum(1)
+        parts = {
+            "a": LossPart(each[batch.y == 0].sum(), (batch.y == 0).sum().float()),
+            "b": LossPart(2 * each[batch.y == 1].sum(), 2 * (batch.y == 1).sum().float(), scale=0.5),
+        }
+        mean = torch.stack([part.scale * part.mean for part in parts.values()]).sum()
+        return Loss(total=mean, weight=1.0, parts=parts)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_losses_of_several_parts_are_exact_where_denominators_are_known(tmp_path, known):
+    class Plain(tiny_run.Blobs):
+        def fetch(self, draws, random):
+            x = torch.stack([torch.linspace(0, 1, 6) * (i + 1) / 29 for _, i in draws])
+            return tiny_run.Batch(x, torch.tensor([0 if f == "left" else 1 for f, _ in draws]))
+
+    losses = []
+    for accumulate in (1, 3):
+        for workers in (1,) if accumulate == 1 else (1, 3):
+            recipe = tiny(accumulate=accumulate, steps=4, eval_every=0, optim=Optim(lr=0.03))
+            trainer = quiet(recipe, tmp_path / f"{accumulate}-{workers}-{known}", workers=workers)
+            trainer.objective, trainer.feed = TwoParts(known), MixtureFeed(Plain(), recipe)
+            still(trainer)
+            torch.manual_seed(1)
+            with torch.no_grad():
+                for parameter in trainer.model.parameters():
+                    parameter.normal_()
+            trainer.parameters = dict(trainer.model.named_parameters())
+            trainer.optimizers = make_optimizers(trainer.parameters, recipe.optim)
+            trainer.fit()
+            losses.append([row["loss"] for row in trainer.run.metrics()])
+    assert losses[2] == losses[1]
+    exact = losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert exact == known
+
+
+def test_a_part_without_gradient_counts_and_ten_barren_steps_end_the_run(tmp_path):
+    class Text(Objective):
+        def __init__(self, when):
+            super().__init__()
+            self.when, self.calls = when, 0
+
+        def loss(self, model, batch):
+            self.calls += 1
+            total = model(batch.x).square().sum()
+            return Loss(total=total if self.when(self.calls) else total.detach(), weight=6.0)
+
+    recipe = tiny(eval_every=0, optim=Optim(lr=0.03))
+    for workers in (1, 2):
+        trainer = still(quiet(recipe, tmp_path / f"some{workers}", workers=workers))
+        trainer.objective = Text(lambda call: call % 5 == 0)
+        assert trainer.fit().finished
+    trainer = still(quiet(recipe, tmp_path / "none"))
+    trainer.objective = Text(lambda call: False)
+    with pytest.raises(TrainingError, match=r"step 10.*ten steps.*optim\.train"):
+        trainer.fit()
 
 
 def still(trainer):
@@ -311,6 +375,16 @@ def test_plain_progress_lines():
     assert len(lines) == 4
     assert lines[0].startswith("step 1/3  loss 1.0000")
     assert "left" in lines[0]
+
+
+def test_progress_says_rates():
+    progress = Progress(9, io.StringIO())
+    row = {"loss": 2.0, "tokens": 3000, "learned": 600, "tiles": 24, "fill": 0.96, "wait_seconds": 0.05}
+    progress.update(1, row, 4)
+    progress.update(2, {**row, "fill": 0.98}, 4)
+    progress.update(3, {"skipped": "loss nan"}, 4)
+    line = progress.line(2.0, 2048.0)
+    assert line == "loss 2.0000  3000 tokens/s (600 learned)  24.0 tiles/s  fill 64.7%  wait 5.0%  2.00 GiB"
 
 
 def test_progress_bar_on_a_terminal():

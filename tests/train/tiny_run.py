@@ -3,6 +3,9 @@
 ``main`` starts or resumes a run, for tests that do it in another process and kill that.
 """
 
+import json
+import os
+import signal
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -115,7 +118,7 @@ def tiny(**changes) -> Recipe:
 
 
 def slow_tiny() -> Recipe:
-    return tiny(data=BlobData(slow=0.02), steps=30, save_every=5)
+    return tiny(data=BlobData(slow=0.01), steps=40, save_every=5)
 
 
 def main(path: str, recipe: Recipe) -> None:
@@ -124,3 +127,32 @@ def main(path: str, recipe: Recipe) -> None:
     known = (folder / "run.json").exists()
     run = RunFolder.open(folder) if known else RunFolder.create(folder.parent, recipe, run_id=folder.name)
     Trainer(recipe, run).fit()
+
+
+def kill_at_random(path: str, kills: int) -> None:
+    """Run ``slow_tiny`` in a child and kill it after some random time, again and again; print how far it came.
+
+    The children are forked from a process that has imported everything already and computed nothing.
+    """
+    random, metrics, reached = torch.Generator().manual_seed(kills), Path(path) / "metrics.jsonl", []
+
+    def rows() -> int:
+        return metrics.read_text().count("loss") if metrics.exists() else 0
+
+    for _ in range(kills):
+        child = os.fork()
+        if not child:
+            main(path, slow_tiny())
+            os._exit(0)
+        # It repeats the steps since its last checkpoint, then goes a little further than the one before.
+        goal = min(38, rows() + 1 + int(torch.randint(0, max(2, 30 // kills), (), generator=random)))
+        deadline = time.monotonic() + 60
+        while rows() < goal and time.monotonic() < deadline:
+            time.sleep(0.002)
+        time.sleep(
+            0.02 * float(torch.rand((), generator=random))
+        )  # also in the middle of a step or of a save
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        reached.append(rows())
+    print(json.dumps(reached))

@@ -171,7 +171,8 @@ def apply_lora(
     for path in paths:
         linear = linears[path]
         sizes = splits(path, linear) if splits is not None else None
-        _replace(module, path, LoRALinear(linear, rank, alpha, dropout=dropout, splits=sizes))
+        adapter = LoRALinear(linear, rank, alpha, dropout=dropout, splits=sizes)
+        _replace(module, path, adapter.train(linear.training))
     return paths
 
 

@@ -3,10 +3,11 @@
 What: the protocol ``Feed``, ``MixtureFeed`` (today's ``Source`` behind it), ``Loader``.
 Source: design of this package (no paper).
 
-A step is ``recipe.accumulate`` micro-batches, its *parts*. Deciding what they hold (``plan``) is cheap and goes step by
-step in one thread, because a packer looks ahead and remembers; reading and decoding (``load``) is dear and has no order,
-so a pool of threads does it. What a plan depends on is plain data (``state``), and every step carries the state *after*
-its own plan, however far ahead planning has run: a checkpoint of step s therefore continues with step s + 1's samples.
+A step is ``recipe.accumulate`` micro-batches, its *parts*. Deciding what they hold (``plan``) is cheap and goes step
+by step in one thread, because a packer looks ahead and remembers; reading and decoding (``load``) is dear and has no
+order, so a pool of threads does it. What a plan depends on is plain data (``state``), and every step carries the
+state *after* its own plan, however far ahead planning has run: a checkpoint of step s therefore continues with the
+samples of the next.
 
 Part p belongs to process p % world, and every process plans all parts. What a part holds depends neither on the number
 of processes nor on the number of threads.

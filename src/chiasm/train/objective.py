@@ -7,9 +7,9 @@ are thrown away afterwards.
 A loss is a *sum* with its *weight* (images, supervised tokens, …), not a mean. Sums add up over micro-batches, packed
 documents and processes, so that every way of dividing one step gives the same gradient.
 
-A loss of several parts, each with a weight of its own (text, codes, masks), is a sum of quotients. Its gradient is exact
-only if the whole step's weights are known before the first backward pass; an objective that can tell them from the batches
-alone does so in ``denominators``.
+A loss of several parts, each with a weight of its own (text, codes, masks), is a sum of quotients. Its gradient is
+exact only if the whole step's weights are known before the first backward pass; an objective that can tell them from
+the batches alone does so in ``denominators``.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """From parameters to optimisers: what is trained, which of it decays, and its state as plain tensors.
 
-What: ``trainable`` (train and freeze patterns), ``depth_factors`` (layer-wise learning rates), ``make_optimizers`` (AdamW
-and Muon, by groups), ``optimizer_tensors`` and ``load_optimizer_tensors`` (state by parameter name, so that checkpoints
-need no pickle and survive a reordering).
+What: ``trainable`` (train and freeze patterns), ``depth_factors`` (layer-wise learning rates), ``make_optimizers``
+(AdamW and Muon, by groups), ``optimizer_tensors`` and ``load_optimizer_tensors`` (state by parameter name, so that
+checkpoints need no pickle and survive a reordering).
 Source: layer-wise decay as in BEiT (arXiv 2106.08254), which the encoder's public fine-tunings follow.
 """
 
@@ -39,10 +39,10 @@ def named_parameters(model: nn.Module, objective: nn.Module) -> dict[str, nn.Par
 
 
 def trainable(model: nn.Module, objective: nn.Module, optim: Optim) -> dict[str, nn.Parameter]:
-    """Freeze what ``optim.train`` does not match or ``optim.freeze`` does; return the parameters that are left, by name.
+    """Freeze what ``optim.train`` does not match or ``optim.freeze`` does; return the other parameters, by name.
 
-    Parameters that do not require a gradient already (the base of a LoRA layer) stay frozen. LoRA matrices need no match
-    of ``optim.train``.
+    Parameters that do not require a gradient already (the base of a LoRA layer) stay frozen. LoRA matrices need no
+    match of ``optim.train``.
 
     Raises:
         ConfigError: a pattern matches nothing, or nothing is left to train.

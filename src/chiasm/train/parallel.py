@@ -1,16 +1,17 @@
 """Several processes: who they are, how they talk, how a model is divided among them.
 
-What: ``World`` (this process among all; alone it costs nothing), ``join`` (what torchrun says), ``shard`` (FSDP2), the sum
-of replicated gradients, the norm of divided ones.
+What: ``World`` (this process among all; alone it costs nothing), ``join`` (what torchrun says), ``shard`` (FSDP2),
+the sum of replicated gradients, the norm of divided ones.
 Source: PyTorch's own engine (``torch.distributed``, ``fully_shard``); design of this package for what is exact.
 
-Each process computes the parts p of a step with p % size == rank. Gradients are *summed* over processes, never averaged,
-and divided by the weight of the whole step, so the number of processes changes the order of additions and nothing else.
+Each process computes the parts p of a step with p % size == rank. Gradients are *summed* over processes, never
+averaged, and divided by the weight of the whole step, so the number of processes changes the order of additions and
+nothing else.
 
-Layers (whatever stands in an ``nn.ModuleList``) are divided one by one, all else with the root. So the processes of a step must
-walk through the same layers equally often: a module that would not, such as an encoder where a micro-batch has no
-pictures, has an attribute ``lockstep`` that asks it to. An objective's own parameters are replicated, because its heads
-need not all be used in every micro-batch.
+Layers (whatever stands in an ``nn.ModuleList``) are divided one by one, all else with the root. So the processes of a
+step must walk through the same layers equally often: a module that would not, such as an encoder where a micro-batch
+has no pictures, has an attribute ``lockstep`` that asks it to. An objective's own parameters are replicated, because
+its heads need not all be used in every micro-batch.
 
 Talk that is not about gradients (weights of losses, metrics, errors) goes as Python objects over a CPU group.
 """
@@ -167,7 +168,7 @@ def shard(model: nn.Module, world: World, *, bfloat16: bool = False) -> None:
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
         if hasattr(module, "lockstep"):
-            module.lockstep = True
+            module.lockstep = True  # type: ignore[assignment]
 
 
 @contextmanager

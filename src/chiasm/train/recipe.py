@@ -1,7 +1,7 @@
 """Recipe: one frozen tree that says everything about a training run.
 
-What: the dataclasses ``Recipe``, ``Optim``, ``Group``, ``Schedule``, ``Lora``, ``Guard``; ``apply_overrides`` for the command line's
-``--set optim.lr=1e-4``; ``resolved``, the plain dict that is saved with every run.
+What: the dataclasses ``Recipe``, ``Optim``, ``Group``, ``Schedule``, ``Lora``, ``Guard``; ``apply_overrides`` for the
+command line's ``--set optim.lr=1e-4``; ``resolved``, the plain dict that is saved with every run.
 
 A recipe holds *descriptions* (frozen dataclasses with a ``build`` or ``open`` method), never modules or tensors, so
 that it can be shown, changed and compared before anything is allocated.

@@ -146,6 +146,8 @@ class RunFolder:
 
     def rewind(self, step: int) -> None:
         """Drop the metrics of steps after ``step``: they will be measured again."""
+        if not self._metrics_path.is_file():
+            return
         kept = [row for row in self.metrics() if row["step"] <= step]
         _write_atomic(self._metrics_path, "".join(json.dumps(row) + "\n" for row in kept))
 

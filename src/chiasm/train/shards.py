@@ -1,8 +1,8 @@
 """Checkpoints written by several processes, and read by any other number of them.
 
-What: ``write`` (each process its own part, through ``torch.distributed.checkpoint``), ``sizes`` and ``read`` (into whatever
-tensors the reader has: whole ones, or its parts). The files are safetensors, so no pickle is read; a checkpoint of one
-process is a special case that the same reader understands.
+What: ``write`` (each process its own part, through ``torch.distributed.checkpoint``), ``sizes`` and ``read`` (into
+whatever tensors the reader has: whole ones, or its parts). The files are safetensors, so no pickle is read; a
+checkpoint of one process is a special case that the same reader understands.
 
 A folder of them holds ``shard-00001-….safetensors`` and so on. Several machines need a file system that they share.
 """
@@ -33,7 +33,8 @@ def write(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
     try:
-        dcp.save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
+        writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+        dcp.save(dict(tensors), storage_writer=writer)  # pyright: ignore[reportPrivateImportUsage]
     except CheckpointException as error:
         rank, (first, _) = next(iter(error.failures.items()))
         raise OSError(f"process {rank}: {first}") from error
@@ -65,7 +66,8 @@ def read(folder: Path, into: dict[str, Tensor], *, together: bool) -> None:
         )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.load(into, storage_reader=_reader(folder), no_dist=not together)
+        reader = _reader(folder)
+        dcp.load(into, storage_reader=reader, no_dist=not together)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def read_whole(folder: Path) -> dict[str, Tensor]:

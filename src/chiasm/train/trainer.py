@@ -1,14 +1,14 @@
 """The one trainer.
 
-What: ``Trainer`` runs a ``Recipe`` in a ``RunFolder``: load, forward, backward, clip, step, measure, evaluate, save. It is
-one process, or one of several that share the model (``train.parallel``); it is written for several, and alone costs
-nothing.
+What: ``Trainer`` runs a ``Recipe`` in a ``RunFolder``: load, forward, backward, clip, step, measure, evaluate, save.
+It is one process, or one of several that share the model (``train.parallel``); it is written for several, and alone
+costs nothing.
 
-Exact resume: nothing that a step depends on lives outside of the checkpoint, the recipe and the step number. A checkpoint
-holds the feed's and the guard's state of exactly its step; augmentation, dropout and DropPath draw from generators that are
-seeded anew from (seed, step, part); the learning rate is a function of the step. So a run that was killed and resumed
-goes through the same numbers, to the bit, as one that was not. As seeds belong to parts of a step and not to processes, so
-does a run that another number of processes continues, up to the order of additions.
+Exact resume: nothing that a step depends on lives outside of the checkpoint, the recipe and the step number. A
+checkpoint holds the feed's and the guard's state of exactly its step; augmentation, dropout and DropPath draw from
+generators that are seeded anew from (seed, step, part); the learning rate is a function of the step. So a run that
+was killed and resumed goes through the same numbers, to the bit, as one that was not. As seeds belong to parts of a
+step and not to processes, so does a run that another number of processes continues, up to the order of additions.
 
 Exact losses: micro-batches give sums and weights, gradients are added over parts and processes, and divided once by the
 weight of the whole step.
@@ -159,6 +159,8 @@ class Trainer:
         self._feed_state = self.feed.state()
         if run.checkpoints():
             self._restore()
+        elif self.world.main:
+            run.rewind(0)  # what an earlier start measured before its first checkpoint
 
     # --- the loop ---
 
@@ -279,8 +281,8 @@ class Trainer:
     def _whole(self, data: Step) -> tuple[list[Part], list[bool]]:
         """The parts to compute, and which of them count.
 
-        Alone, those that hold anything. Processes that share layers compute equally many, so one whose part holds nothing
-        computes a part that another one counts, times zero.
+        Alone, those that hold anything. Processes that share layers compute equally many, so one whose part holds
+        nothing computes a part that another one counts, times zero.
         """
         there = [part for part in data.parts if part.batch is not None]
         told = self.world.share([part.number for part in there])
