@@ -1,30 +1,9 @@
-"""What a training step costs, on paper: memory by kind and at its peak, FLOPs, days.
+"""What a training step costs, on paper: the step itself, its parameters, FLOPs and time.
 
-Pure functions of configs and counts, as in `chiasm.model.cost`, whose conventions hold here too. The tests and
-`benchmarks/plan_training.py` hold the peak against the storages that are alive in real steps.
+Pure functions of configs and counts, as in `chiasm.model.cost`, whose conventions hold here too; memory is in
+`chiasm.model.train_memory`. The tests hold FLOPs against torch's `FlopCounterMode`, forward and backward.
 
-What is kept for the backward pass follows the modules of this package, tensor by tensor:
-
-- a norm keeps its input, and the normalised rows where its gain is trained; a linear layer keeps its input where it (or
-  an adapter on it) is trained, and its weight; attention keeps q, k, v and its result, and never T² scores (the fused
-  kernels keep one number a row and head);
-- a part without anything trained in or below it keeps nothing; a frozen part above something trained passes gradients
-  on and keeps what that needs, which is less than when it is trained;
-- recomputed ("checkpointed") layers keep their input alone, and one layer at a time the rest;
-- the loss keeps no logits: a chunk of rows x vocabulary exists at a time, beside the head's gradient in float32.
-
-Autocast (`compute="bfloat16"`): trained weights and the residual stream are float32, linear layers compute in bfloat16
-and keep bfloat16 copies of their weights and inputs. Frozen parts may be stored in bfloat16; then theirs is too.
-
-The peak is the largest of a few moments, between which memory only grows or only shrinks: the loss, its backward, the
-first and the last decoder layer of the backward pass, the word table's gradient, the encoder's first and last layer of
-the backward pass, the optimiser.
-
-Sharded over N devices (FSDP2), weights, gradients and optimiser state are divided by N; what is gathered is two units (a
-layer in use, the next one on its way) and, while it is used, the word table or head. Not counted: allocator
-fragmentation, communication buffers, the CUDA context.
-
-Legend: T rows of a micro-batch, N tiles, S rows with a label, C width, I inner width, q/k widths of queries and keys.
+Legend: T rows of a micro-batch, N tiles, S rows with a label.
 """
 
 from __future__ import annotations
@@ -44,23 +23,23 @@ if TYPE_CHECKING:
 __all__ = [
     "Learns",
     "TrainJob",
+    "adapter_parameters",
     "flops_lines",
-    "memory_lines",
-    "moment_lines",
     "nominal_tokens",
+    "over",
     "parameter_lines",
     "step_seconds",
+    "times",
+    "widths",
 ]
 
-LOSS_CHUNK = 1024
-"""Rows whose logits exist at the same time (`chiasm.nn.losses.cross_entropy`)."""
-_STATES = 8
-"""AdamW: two float32 moments of every trained number."""
+LINEAR = frozenset({"qkv", "out", "gate_up", "down"})
+"""Linear layers of a decoder block."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Learns:
-    """Which parts are trained; `rank` > 0 puts adapters on every linear layer of the decoder instead of `layers`."""
+    """Which parts are trained; `rank` > 0 puts adapters on linear layers of the decoder in the place of `layers`."""
 
     vision: bool = True
     projector: bool = True
@@ -68,12 +47,24 @@ class Learns:
     layers: bool = True
     head: bool = True
     rank: int = 0
+    adapted: frozenset[str] = LINEAR
+    """Which linear layers of a block have an adapter."""
     dropout: bool = False
     """Whether the adapters' inputs are dropped out, which keeps a mask."""
 
     def __post_init__(self) -> None:
+        if not self.adapted <= LINEAR:
+            raise ConfigError(
+                f"adapted names {sorted(self.adapted)}: a block has {', '.join(sorted(LINEAR))}"
+            )
         if self.layers and self.rank:
-            raise ConfigError("a decoder is trained whole or by adapters, not both: set layers=False or rank=0")
+            raise ConfigError(
+                "a decoder is trained whole or by adapters, not both: set layers=False or rank=0"
+            )
+
+    def keeps(self, linear: str) -> bool:
+        """Whether the input of a linear layer of the decoder is kept."""
+        return self.layers or (self.rank > 0 and linear in self.adapted)
 
     @property
     def enters(self) -> bool:
@@ -127,7 +118,10 @@ class TrainJob:
     foreach: bool = False
 
     def __post_init__(self) -> None:
-        if min(self.rows, self.documents, self.micro_batches, self.gpus) < 1 or min(self.tiles, self.learned) < 0:
+        if (
+            min(self.rows, self.documents, self.micro_batches, self.gpus) < 1
+            or min(self.tiles, self.learned) < 0
+        ):
             raise ConfigError("a training step needs at least one row, document, micro-batch and device")
         if self.micro_batches % self.gpus:
             raise ConfigError(
@@ -158,12 +152,22 @@ class TrainJob:
     @property
     def residual(self) -> int:
         """Of the rows that decoder layers add to: as the word table is stored."""
-        return max(self.stored(self.learns.words), 2 if self.compute == "bfloat16" else 4)
+        return self.narrow if self.sharded else max(self.stored(self.learns.words), self.narrow)
 
     @property
     def vision_residual(self) -> int:
         """Of the tokens that encoder layers add to: as its weights are stored."""
-        return self.stored(self.learns.vision)
+        return self.narrow if self.sharded else self.stored(self.learns.vision)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether weights are divided among devices, and gathered as `compute` says."""
+        return self.shard == "full" and self.gpus > 1
+
+    @property
+    def together(self) -> int:
+        """Tiles that are encoded in one call; sharded encoders take all, for processes must call them equally often."""
+        return self.tiles if self.sharded else min(CHUNK, self.tiles)
 
     @property
     def depth(self) -> int:
@@ -188,7 +192,7 @@ class TrainJob:
     @property
     def divided(self) -> int:
         """By how much weights, gradients and states are divided."""
-        return self.gpus if self.shard == "full" else 1
+        return self.gpus if self.sharded else 1
 
     def parts(self) -> dict[str, tuple[int, bool]]:
         """Part -> (parameters, trained)."""
@@ -203,7 +207,7 @@ class TrainJob:
         if counts["head"]:
             out["head"] = (counts["head"], learns.head)
         if learns.rank:
-            out["adapters"] = (adapter_parameters(c, learns.rank), True)
+            out["adapters"] = (adapter_parameters(c, learns.rank, learns.adapted), True)
         return out
 
     @property
@@ -225,11 +229,16 @@ class TrainJob:
 # Parameters ------------------------------------------------------------------------------------------------------
 
 
-def adapter_parameters(c: LanguageConfig, rank: int) -> int:
-    """LoRA on every linear layer of the decoder, one adapter for each of q, k, v, out, gate, up, down: Σ r · (in + out)."""
-    width, q, kv, inner = _widths(c)
-    pairs = ((width, q), (width, kv), (width, kv), (q, width), (width, inner), (width, inner), (inner, width))
-    return c.layers * rank * sum(a + b for a, b in pairs)
+def adapter_parameters(c: LanguageConfig, rank: int, adapted: frozenset[str] = LINEAR) -> int:
+    """LoRA on linear layers of the decoder, one adapter for each of q, k, v, out, gate, up, down: Σ r · (in + out)."""
+    width, q, kv, inner = widths(c)
+    pairs = {
+        "qkv": ((width, q), (width, kv), (width, kv)),
+        "out": ((q, width),),
+        "gate_up": ((width, inner), (width, inner)),
+        "down": ((inner, width),),
+    }
+    return c.layers * rank * sum(a + b for name in adapted for a, b in pairs[name])
 
 
 def parameter_lines(job: TrainJob) -> dict[str, Line]:
@@ -243,7 +252,8 @@ def parameter_lines(job: TrainJob) -> dict[str, Line]:
     return lines
 
 
-def _widths(c: LanguageConfig) -> tuple[int, int, int, int]:
+def widths(c: LanguageConfig) -> tuple[int, int, int, int]:
+    """Widths of rows, queries, keys and inner rows."""
     return c.hidden_size, c.heads * c.head_dim, c.kv_heads * c.head_dim, c.intermediate_size
 
 
@@ -261,18 +271,18 @@ def flops_lines(job: TrainJob) -> dict[str, Line]:
     forward: dict[str, float] = {}
     lines: dict[str, Line] = {}
 
-    def add(name: str, once: float, times: float, how: str) -> None:
+    def add(name: str, once: float, passes: float, how: str) -> None:
         forward[name] = once
-        lines[name] = Line(M * once * times, f"{_times(M)}{how} · {times:g}")
+        lines[name] = Line(M * once * passes, f"{times(M)}{how} · {passes:g}")
 
     if job.vision is not None and job.tiles:
         v = job.vision
         once = cost.vision_flops(v, job.tiles, select_layer=job.select_layer)
         add("vision encoder", once, 3 if learns.vision else 1, f"tiles {job.tiles} · {once / job.tiles:.4g}")
         once = cost.projector_flops(job.projector_inputs, c.hidden_size, job.seen)
-        times = 1 + learns.projector + learns.vision
-        add("projector", once, times, f"visual tokens {job.seen:,} · {once / job.seen:.4g}")
-    width, q, kv, inner = _widths(c)
+        passes = 1 + learns.projector + learns.vision
+        add("projector", once, passes, f"visual tokens {job.seen:,} · {once / job.seen:.4g}")
+    width, q, kv, inner = widths(c)
     matrices = c.layers * job.rows * 2 * (width * (q + 2 * kv) + q * width + 3 * width * inner)
     length = job.rows / job.documents
     scores = c.layers * 4 * q * job.rows * (length + 1) / 2
@@ -289,8 +299,8 @@ def flops_lines(job: TrainJob) -> dict[str, Line]:
         f"layers {c.layers} · 4 · {q} · rows {job.rows:,} · ({length:,.0f} + 1) / 2",
     )
     if learns.rank:
-        once = 2 * job.rows * adapter_parameters(c, learns.rank)
-        add("adapters", once, 3, f"rows {job.rows:,} · 2 · {adapter_parameters(c, learns.rank):,}")
+        count = adapter_parameters(c, learns.rank, learns.adapted)
+        add("adapters", 2 * job.rows * count, 3, f"rows {job.rows:,} · 2 · {count:,}")
     once = cost.head_flops(c, job.learned)
     add(
         "head",
@@ -304,9 +314,11 @@ def flops_lines(job: TrainJob) -> dict[str, Line]:
     if job.recompute_vision and learns.vision:
         again += forward.get("vision encoder", 0.0)
     if job.recompute_language and learns.passes:
-        again += forward["decoder: linear layers"] + forward["decoder: attention"] + forward.get("adapters", 0.0)
+        again += (
+            forward["decoder: linear layers"] + forward["decoder: attention"] + forward.get("adapters", 0.0)
+        )
     if again:
-        lines["recomputed"] = Line(M * again, f"{_times(M)}once more forward {again:.4g}")
+        lines["recomputed"] = Line(M * again, f"{times(M)}once more forward {again:.4g}")
     lines["total"] = Line(model + M * again, "what is computed")
     return lines
 
@@ -324,329 +336,11 @@ def nominal_tokens(steps: int, batch: int, context: int) -> float:
     return steps * batch * context / 2**20 * 1e6
 
 
-# Kept for the backward pass --------------------------------------------------------------------------------------
-
-
-def _decoder_kept(job: TrainJob) -> tuple[float, str]:
-    """Bytes a row that one decoder layer keeps beside its own input, and how."""
-    c, learns = job.language, job.learns
-    if not learns.passes:
-        return 0.0, "nothing"
-    width, q, kv, inner = _widths(c)
-    wide, e = job.residual, job.narrow
-    inputs = learns.layers or learns.rank > 0
-    # Between the two halves the residual; q, k turned; qkv, of which v is a part; the result and a number a head.
-    kept = wide * width + e * (q + kv) + e * (q + 2 * kv) + e * q + 4 * c.heads
-    if job.documents > 1:
-        kept += e * q * inputs  # documents are attended one by one and joined
-    kept += e * (2 * inner + inner)  # gate|up, silu(gate)
-    how = f"{wide}·{width} + {e}·({q}+{kv}) + {e}·({q}+2·{kv}) + {e}·{q} + 4·{c.heads} + {e}·3·{inner}"
-    if inputs:  # both norms' results, and the product
-        kept += e * (2 * width + inner)
-        how += f" + {e}·(2·{width} + {inner})"
-    if learns.layers:  # both norms' normalised rows
-        kept += wide * 2 * width
-        how += f" + {wide}·2·{width}"
-    if learns.rank:
-        low = 4 * 7 * learns.rank
-        kept += low
-        how += f" + 4·7·{learns.rank}"
-        if learns.dropout:
-            # What the mask left over stands for the input; the mask is bytes on CUDA, floats on a CPU.
-            kept += (1 if job.foreach else 4) * (2 * width + q + inner)
-            how += f" + masks {(1 if job.foreach else 4)}·{2 * width + q + inner}"
-    if c.qk_norm and learns.layers:
-        kept += e * (q + kv)
-        how += f" + {e}·({q}+{kv})"
-    return kept, how
-
-
-def _vision_kept(job: TrainJob) -> float:
-    """Bytes a token that one encoder layer keeps beside its own input."""
-    v = job.vision
-    if v is None or not job.learns.vision:
-        return 0.0
-    wide, e, width, inner = job.vision_residual, job.narrow, v.hidden_size, v.intermediate_size
-    kept = wide * width  # between the halves
-    kept += e * (2 * width + 3 * width + width + 2 * width + 2 * inner)  # h, qkv, result, branches, fc1, GELU
-    kept += 4 * v.heads
-    if v.norm == "rms_norm":
-        kept += wide * 2 * width
-    if v.qk_norm:
-        kept += e * 4 * width
-    return kept
-
-
-def _projector_kept(job: TrainJob) -> float:
-    """Bytes that the projector keeps."""
-    learns, c = job.learns, job.language
-    if not (learns.projector or learns.vision) or not job.tiles:
-        return 0.0
-    wide, e = job.stored(learns.projector), job.narrow
-    kept = wide * job.projector_inputs + e * c.hidden_size  # the norm's input; before the GELU
-    if learns.projector:
-        kept += e * job.projector_inputs + e * c.hidden_size
-    return job.seen * kept
-
-
-def _pixels(job: TrainJob) -> int:
-    v = job.vision
-    if v is None:
-        return 0
-    side = v.image_size
-    return job.tiles * v.channels * side * side
-
-
-@dataclass(frozen=True, slots=True)
-class _Tower:
-    """What a stack of layers keeps: all of it, and one layer's own while it is recomputed or read backward."""
-
-    all: float
-    one: float
-    formula: str
-
-
-def _decoder_tower(job: TrainJob) -> _Tower:
-    c, wide = job.language, job.residual
-    kept, how = _decoder_kept(job)
-    entry = wide * c.hidden_size if job.learns.passes else 0
-    if job.recompute_language:
-        total = job.rows * c.layers * entry
-        formula = f"rows {job.rows:,} · layers {c.layers} · {wide}·{c.hidden_size} (recomputed)"
-    else:
-        total = job.rows * c.layers * (entry + kept)
-        formula = f"rows {job.rows:,} · layers {c.layers} · ({wide}·{c.hidden_size} + {how})"
-    return _Tower(total, job.rows * kept, formula if total else "nothing learns in or below it")
-
-
-def _vision_tower(job: TrainJob) -> _Tower:
-    v = job.vision
-    if v is None or not job.tiles or not job.learns.vision:
-        return _Tower(0.0, 0.0, "nothing learns in it")
-    kept, entry = _vision_kept(job), job.vision_residual * v.hidden_size
-    each = entry if job.recompute_vision else entry + kept
-    formula = f"tokens {job.tokens:,} · layers {job.depth} · {each:,.0f} + pixels {_pixels(job):,} · {job.narrow}"
-    together = job.tokens * min(CHUNK, job.tiles) / job.tiles  # so many are encoded in one call
-    return _Tower(job.tokens * job.depth * each + job.narrow * _pixels(job), together * kept, formula)
-
-
-def _casts(job: TrainJob) -> dict[str, float]:
-    """bfloat16 copies of float32 matrices that autocast's linear layers keep, by tower; sharded ones are gathered so."""
-    if job.compute == "float32" or job.shard == "full" and job.gpus > 1:
-        return {"vision": 0.0, "layers": 0.0}
-    parts, learns = job.parts(), job.learns
-    vision = parts.get("vision", (0, False))[0] + parts.get("projector", (0, False))[0]
-    return {
-        "vision": 2.0 * vision * (learns.vision and not job.recompute_vision),
-        "layers": 2.0
-        * parts["layers"][0]
-        * (learns.passes and not job.recompute_language and job.stored(learns.layers) == 4),
-    }
-
-
-# Memory ----------------------------------------------------------------------------------------------------------
-
-
-def memory_lines(job: TrainJob) -> dict[str, Line]:
-    """Bytes on one device by kind, and the largest moment (`moment_lines`) as the last line."""
-    n, lines = job.divided, {}
-    parts = job.parts()
-    for name, (count, learns) in parts.items():
-        size = job.stored(learns)
-        lines[f"weights: {name}"] = Line(count * size / n, f"parameters {count:,} · bytes {size}{_over(n)}")
-    lines["gradients"] = Line(4 * job.trained / n, f"trained {job.trained:,} · bytes 4{_over(n)}")
-    lines["optimiser"] = Line(_STATES * job.trained / n, f"trained {job.trained:,} · two moments of 4{_over(n)}")
-    gathered, how = _gathered(job)
-    if gathered:
-        lines["gathered"] = Line(gathered, how)
-    vision, decoder = _vision_tower(job), _decoder_tower(job)
-    if job.tiles:
-        lines["kept: vision encoder"] = Line(vision.all, vision.formula)
-        lines["kept: projector"] = Line(_projector_kept(job), f"visual tokens {job.seen:,} · by what learns")
-    lines["kept: decoder"] = Line(decoder.all, decoder.formula)
-    casts = sum(_casts(job).values())
-    if casts:
-        lines["kept: bfloat16 weights"] = Line(casts, "float32 matrices that linear layers cast · 2")
-    lines["loss"] = Line(_loss_bytes(job), _loss_formula(job))
-    moments = moment_lines(job)
-    worst = max(moments, key=lambda name: moments[name].value)
-    lines["peak"] = Line(moments[worst].value, f"{worst}: {moments[worst].formula}")
-    return lines
-
-
-def _gathered(job: TrainJob) -> tuple[float, str]:
-    if job.divided == 1:
-        return 0.0, ""
-    c, e = job.language, job.narrow
-    unit = cost.language_parameters(c)["layers"] / c.layers
-    return 2 * e * unit + e * job.table, f"bytes {e} · (2 · layer {unit:,.0f} + table {job.table:,})"
-
-
-def _loss_bytes(job: TrainJob) -> float:
-    """Alive while the loss is formed: its rows, their gradient, the head's gradient, a chunk of logits."""
-    c, e = job.language, job.narrow
-    chunk = min(LOSS_CHUNK, job.learned) * c.vocab_size * (4 if e == 4 else 6)
-    # With a head in another dtype than float32 the chunk's share of its gradient is a matrix of its own.
-    head = 4 * job.table * job.head_learns
-    rows = job.learned * c.hidden_size * (_head_bytes(job) * (1 + job.learns.passes))
-    return rows + head + chunk
-
-
-def _head_bytes(job: TrainJob) -> int:
-    return job.stored(job.head_learns)
-
-
-def _loss_formula(job: TrainJob) -> str:
-    c = job.language
-    rows = min(LOSS_CHUNK, job.learned)
-    how = f"chunk {rows:,} · words {c.vocab_size:,} · {4 if job.narrow == 4 else 6}"
-    if job.head_learns:
-        how += f" + 4 · head {job.table:,}"
-    return how + f" + learned rows {job.learned:,} · {c.hidden_size} · {_head_bytes(job)} · {1 + job.learns.passes}"
-
-
-def moment_lines(job: TrainJob) -> dict[str, Line]:
-    """Bytes alive at the moments of which one is the peak; the parts of each sum are named in its formula."""
-    c, learns, parts, n = job.language, job.learns, job.parts(), job.divided
-    width, _, _, inner = _widths(c)
-    T, e, wide = job.rows, job.narrow, job.residual
-    weights = sum(count * job.stored(trained) for count, trained in parts.values()) / n
-    states = _STATES * job.trained / n
-    base = weights + states + _gathered(job)[0] + _pixels(job)
-    g = 4 / n  # bytes of a gradient
-    all_gradients = g * job.trained
-    earlier = all_gradients if job.turns > 1 else 0.0
-    vision, decoder, casts = _vision_tower(job), _decoder_tower(job), _casts(job)
-    projector = _projector_kept(job)
-    below = vision.all + projector + casts["vision"]
-    layers = decoder.all + casts["layers"]
-    final = T * width * wide * (learns.passes + learns.layers)  # the final norm's input and normalised rows
-    head_gradient = g * job.table * job.head_learns
-    layer_gradients = g * sum(parts[p][0] for p in ("layers", "adapters") if p in parts and parts[p][1])
-    word_gradient = g * job.table * learns.words
-    said = {
-        "weights": weights,
-        "optimiser": states,
-        "gathered": _gathered(job)[0],
-        "tiles": float(_pixels(job)),
-    }
-    out: dict[str, Line] = {}
-
-    def moment(name: str, **more: float) -> None:
-        terms = {**said, **more}
-        how = " + ".join(f"{key.replace('_', ' ')} {_short(value)}" for key, value in terms.items() if value)
-        out[name] = Line(base + sum(more.values()), how)
-
-    kept = below + layers
-    if job.tiles and not learns.vision and job.vision is not None:
-        together = min(CHUNK, job.tiles)
-        moment(
-            "encoding",
-            gradients=earlier,
-            activations=cost.vision_activations(job.vision, together, element=job.vision_residual)
-            + together * 4 * _pixels(job) / job.tiles,
-        )
-    moment(
-        "loss",
-        gradients=earlier,
-        kept=kept + final + T * width * wide,
-        loss=_loss_bytes(job),
-    )
-    if learns.passes:
-        rows = job.learned * width * _head_bytes(job)
-        moment(
-            "loss, backward",
-            gradients=earlier,
-            kept=kept + final,
-            loss=2 * rows + 2 * 4 * job.table * job.head_learns + T * width * wide,
-        )
-        again = decoder.one if job.recompute_language else 0.0
-        layer = parts["layers"][0] / c.layers
-        own = 4 * max(width * inner, 0) * learns.layers
-        # Down the SwiGLU: the gradients of its rows, of the product, of silu(gate) and up, less the product.
-        freed = learns.layers or learns.rank > 0  # only then was the product kept
-        moving = T * (wide * width + (3 - freed) * e * inner) + own
-        late = T * (wide * width + e * width) + (4 * 3 * width * inner) * learns.layers
-        moment(
-            "backward, last layer",
-            gradients=max(earlier, head_gradient * (not c.tie_words) + (4 * job.table * job.head_learns) * c.tie_words),
-            kept=kept,
-            recomputed=again,
-            moving=max(moving, late),
-        )
-        done = layer_gradients + head_gradient
-        one = decoder.one if not job.recompute_language else 0.0
-        entry = T * width * wide
-        left = below + (one if not job.recompute_language else 0.0) + entry
-        if learns.layers or learns.rank or learns.words:
-            moment(
-                "backward, first layer",
-                gradients=max(earlier, done - g * layer * learns.layers * 0.5),
-                kept=left,
-                recomputed=again,
-                moving=max(moving, late),
-            )
-        if learns.words:
-            held = 2 if c.tie_words else 0
-            moment(
-                "backward, words",
-                gradients=max(earlier, done),
-                kept=below,
-                moving=T * width * wide + (1 + held) * word_gradient - (head_gradient if c.tie_words else 0),
-            )
-        if learns.vision and job.vision is not None and job.tiles:
-            v = job.vision
-            language = layer_gradients + head_gradient + word_gradient * (not c.tie_words)
-            n_gradients = g * parts["projector"][0] * learns.projector
-            together = job.tokens * min(CHUNK, job.tiles) / job.tiles
-            swap = together * (2 * job.vision_residual * v.hidden_size + e * v.intermediate_size)
-            first = vision.one if job.recompute_vision else 0.0
-            moment(
-                "backward, encoder's last layer",
-                gradients=max(earlier, language + n_gradients),
-                kept=vision.all + casts["vision"],
-                recomputed=first,
-                moving=swap,
-            )
-            moment(
-                "backward, encoder's first layer",
-                gradients=all_gradients,
-                kept=vision.one + job.narrow * _pixels(job),
-                moving=swap,
-            )
-    largest = max((_largest(job)), default=0)
-    extra = 4 * job.trained / n if job.foreach else 2 * 4 * largest / n
-    moment("optimiser", gradients=all_gradients, moving=extra)
-    return out
-
-
-def _largest(job: TrainJob) -> list[int]:
-    """Numbers of the largest trained tensors."""
-    c, learns, out = job.language, job.learns, []
-    width, q, kv, inner = _widths(c)
-    if learns.words or job.head_learns:
-        out.append(job.table)
-    if learns.layers:
-        out.append(max(2 * inner * width, (q + 2 * kv) * width))
-    if learns.rank:
-        out.append(learns.rank * 2 * max(inner, width))
-    if learns.projector and job.tiles:
-        out.append(job.projector_inputs * width)
-    if learns.vision and job.vision is not None:
-        out.append(max(job.vision.intermediate_size, 3 * job.vision.hidden_size) * job.vision.hidden_size)
-    return out
-
-
-def _times(count: int) -> str:
+def times(count: int) -> str:
+    """How micro-batches begin a formula."""
     return f"micro-batches {count:,} · " if count > 1 else ""
 
 
-def _over(count: int) -> str:
+def over(count: int) -> str:
+    """How a division ends a formula."""
     return f" / {count}" if count > 1 else ""
-
-
-def _short(value: float) -> str:
-    for power, prefix in ((12, "T"), (9, "G"), (6, "M"), (3, "k")):
-        if value >= 10**power:
-            return f"{value / 10**power:.3g} {prefix}B"
-    return f"{value:.0f} B"
