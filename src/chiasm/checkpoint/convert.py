@@ -187,7 +187,13 @@ def convert(
 
 
 def convert_draft(
-    opened: OpenedCheckpoint, draft: Draft, dst: str | Path, to: Target, *, force: bool = False
+    opened: OpenedCheckpoint,
+    draft: Draft,
+    dst: str | Path,
+    to: Target,
+    *,
+    force: bool = False,
+    verify: Callable[[Path], None] | None = None,
 ) -> ConvertReport:
     """Write a model that was put together in memory, whole or not at all.
 
@@ -198,6 +204,7 @@ def convert_draft(
         dst: the folder to write.
         to: the layout.
         force: replace ``dst`` if it is a checkpoint folder.
+        verify: called with the finished folder before it appears; what it raises leaves no trace of it.
 
     Raises:
         UsageError, CheckpointError, ConfigError: as of `convert`.
@@ -206,7 +213,7 @@ def convert_draft(
     check_apart(folder, Path(dst))
     with opened.reader, tempfile.TemporaryDirectory() as made:
         words = folder if draft.tokenizer is None else _words_folder(Path(made), draft, folder)
-        return _written(opened, draft, Path(made), words, Path(dst), to, force=force)
+        return _written(opened, draft, Path(made), words, Path(dst), to, force=force, verify=verify)
 
 
 def _written(

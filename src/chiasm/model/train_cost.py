@@ -89,7 +89,6 @@ class TrainJob:
         learns: what is trained.
         compute: "float32", or "bfloat16" for autocast.
         frozen: dtype in which parts that are not trained are stored.
-        drop_path: whether the encoder drops paths (which keeps one more tensor a branch).
         recompute_vision, recompute_language: activation checkpointing of the towers.
         gpus: devices; each computes micro_batches / gpus of a step, one after the other.
         shard: "full" divides weights, gradients and optimiser state by the devices, "none" copies them.
@@ -110,7 +109,6 @@ class TrainJob:
     learns: Learns
     compute: Literal["float32", "bfloat16"] = "float32"
     frozen: str = "float32"
-    drop_path: bool = False
     recompute_vision: bool = False
     recompute_language: bool = False
     gpus: int = 1

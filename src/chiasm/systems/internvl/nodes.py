@@ -10,7 +10,7 @@ wherever a checkpoint can: as the model of the next stage, as the source of an e
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +21,7 @@ from torch import Tensor
 from chiasm.checkpoint.adapters import OpenedCheckpoint, open_checkpoint
 from chiasm.checkpoint.compose import VISION, Encoder, compose, open_encoder, with_encoder, with_trained
 from chiasm.checkpoint.convert import ConvertReport, Target, completed, convert_draft
-from chiasm.checkpoint.edit import Draft, draft_of
+from chiasm.checkpoint.edit import Draft, check_apart, draft_of
 from chiasm.checkpoint.preprocess import read_tile_policy
 from chiasm.checkpoint.vocab import check_rows
 from chiasm.data.layout import LayoutSpec
@@ -354,7 +354,14 @@ def _find(tree: Any, kind: str) -> dict[str, Any] | None:
     return None
 
 
-def export_run(src: str | Path, dst: str | Path, to: Target, *, force: bool = False) -> ConvertReport:
+def export_run(
+    src: str | Path,
+    dst: str | Path,
+    to: Target,
+    *,
+    force: bool = False,
+    verify: Callable[[Path], None] | None = None,
+) -> ConvertReport:
     """Write the model of a run, after its last checkpoint, as a checkpoint of a public layout.
 
     Weights are those that the run began with, in the dtype in which they are stored there; what was trained takes
@@ -364,8 +371,9 @@ def export_run(src: str | Path, dst: str | Path, to: Target, *, force: bool = Fa
         UsageError: the run began with no checkpoint, or ``dst`` lies in what it began with.
         CheckpointError, ConfigError: as of `chiasm.checkpoint.convert.convert`.
     """
+    check_apart(Path(src), Path(dst))
     found = drafted(src)
-    report = convert_draft(found.opened, found.draft, dst, to, force=force)
+    report = convert_draft(found.opened, found.draft, dst, to, force=force, verify=verify)
     step = RunFolder.open(src).checkpoints()[-1]
     note = f"the model of the run {Path(src).resolve().name} after {step:,} steps"
     return replace(report, source="run", notes=(note, *report.notes))
