@@ -278,7 +278,7 @@ def flops_lines(job: TrainJob) -> dict[str, Line]:
         once = cost.vision_flops(v, job.tiles, select_layer=job.select_layer)
         add("vision encoder", once, 3 if learns.vision else 1, f"tiles {job.tiles} · {once / job.tiles:.4g}")
         once = cost.projector_flops(job.projector_inputs, c.hidden_size, job.seen)
-        passes = 1 + learns.projector + learns.vision
+        passes = 1 + (learns.projector or learns.vision) + learns.projector
         add("projector", once, passes, f"visual tokens {job.seen:,} · {once / job.seen:.4g}")
     width, q, kv, inner = widths(c)
     matrices = c.layers * job.rows * 2 * (width * (q + 2 * kv) + q * width + 3 * width * inner)
