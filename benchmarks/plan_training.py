@@ -1,8 +1,8 @@
 """`chiasm plan` of a training step against real steps: peak bytes of tensors, planned and measured.
 
-Three small runs of the trainer on the CPU in float32, the second step of each: text-heavy, tile-heavy, and adapters on a
-frozen model. `chiasm.model.alive.LiveBytes` follows every storage that PyTorch's operations make; the peak is read when a
-step has been measured, before its checkpoint is written.
+Small runs of the trainer on the CPU in float32, the second step of each: text-heavy, tile-heavy, adapters on a frozen
+model, and one in the widths of chiasm-mini. `chiasm.model.alive.LiveBytes` follows every storage that PyTorch's
+operations make; the peak is read when a step has been measured, before its checkpoint is written.
 """
 
 from __future__ import annotations
@@ -18,14 +18,17 @@ from typing import Any, ClassVar
 import torch
 from measure import HERE, compare, finish
 
-sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tests")]
+sys.path.insert(0, str(HERE.parent))  # `tests` is found beside this folder
 
 from tests.model.test_train_cost import ADAPTERS, CONFIG, TEXT, TILES, packed
 
 from chiasm.data.sequence import Sequence as Row
+from chiasm.media.tiles import TilePolicy
 from chiasm.model.alive import LiveBytes
 from chiasm.model.causal import CausalVLM
 from chiasm.model.train_memory import memory_lines
+from chiasm.parts.language.config import LanguageConfig
+from chiasm.parts.vision.internvit import internvit_mini
 from chiasm.systems.internvl.config import InternVLConfig
 from chiasm.systems.internvl.model import build_internvl
 from chiasm.systems.internvl.training_plan import job_of
@@ -40,37 +43,56 @@ RUNS = {
     "text-heavy": (tuple(2 * n for n in TEXT[0]), TEXT[1], False),
     "tile-heavy": (*TILES, False),
     "adapters on a frozen model": (*TEXT, True),
+    "short documents, widths of chiasm-mini": ((120, 90, 60, 80), (1, 1, 1, 1), False),
 }
+MINI = InternVLConfig(
+    vision=internvit_mini(),
+    language=LanguageConfig(
+        family="llama",
+        vocab_size=49_161,
+        hidden_size=576,
+        intermediate_size=1536,
+        layers=4,
+        heads=9,
+        kv_heads=3,
+        head_dim=64,
+        tie_words=True,
+    ),
+    tiles=TilePolicy(image_size=64, max_tiles=1, thumbnail=False, dynamic=False),
+)
+CONFIGS = {name: MINI if "mini" in name else CONFIG for name in RUNS}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
-    """Random weights of the tests' config."""
+    """Random weights."""
+
+    run: str
 
     def build(self) -> CausalVLM:
-        return build_internvl(CONFIG, generator=torch.Generator().manual_seed(0))
+        return build_internvl(self.outline(), generator=torch.Generator().manual_seed(0))
 
     def outline(self) -> InternVLConfig:
-        return CONFIG
+        return CONFIGS[self.run]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Data:
     """The same documents in every step."""
 
-    lengths: tuple[int, ...]
-    tiles: tuple[int, ...]
+    run: str
 
     def open(self) -> Documents:
-        return Documents(self.lengths, self.tiles)
+        lengths, tiles, _ = RUNS[self.run]
+        return Documents(packed(CONFIGS[self.run], lengths, tiles))
 
 
 class Documents:
     sizes: ClassVar[Mapping[str, int]] = {"all": 1}
     weights: ClassVar[Mapping[str, float]] = {"all": 1.0}
 
-    def __init__(self, lengths: tuple[int, ...], tiles: tuple[int, ...]) -> None:
-        self.batch = packed(CONFIG, lengths, tiles)
+    def __init__(self, batch: Row) -> None:
+        self.batch = batch
 
     def fetch(self, draws: Sequence[tuple[str, int]], random: torch.Generator) -> Row:
         return self.batch
@@ -89,12 +111,12 @@ class Watched(RunFolder):
 
 
 def recipe_of(name: str) -> Recipe:
-    lengths, tiles, adapters = RUNS[name]
+    adapters = RUNS[name][2]
     return Recipe(
-        name=name.replace(" ", "-"),
-        model=Model(),
+        name=name.replace(" ", "-").replace(",", ""),
+        model=Model(run=name),
         objective=FinetuneObjective(),
-        data=Data(lengths=lengths, tiles=tiles),
+        data=Data(run=name),
         steps=3,
         batch=1,
         optim=Optim(lr=1e-4, train=("*.lora_A", "*.lora_B") if adapters else ()),
@@ -111,7 +133,9 @@ def peaks(name: str) -> tuple[float, float]:
         trainer = Trainer(recipe, run, loaders=0, progress=Progress(recipe.steps, open("/dev/null", "w")))  # noqa: SIM115
         batch = trainer.source.batch
         rows = (batch.ids_T, batch.kind_T, batch.doc_T, batch.pos_T, batch.labels_T, batch.weight_T)
-        with LiveBytes([*trainer.model.parameters(), *rows, *(m.data for m in batch.media.values())]) as run.alive:
+        with LiveBytes(
+            [*trainer.model.parameters(), *rows, *(m.data for m in batch.media.values())]
+        ) as run.alive:
             trainer.fit()
     job, _ = job_of(recipe, cuda=False)
     return memory_lines(job)["peak"].value, run.peaks[1]
@@ -133,10 +157,13 @@ def measure() -> dict[str, Any]:
                 note=f"{measured / 1e6:.1f} MB measured",
             )
         )
-    config = CONFIG
+    sizes = "; ".join(
+        f"encoder {c.vision.layers} x {c.vision.hidden_size}, decoder {c.language.layers} x {c.language.hidden_size}, "
+        f"vocabulary {c.language.vocab_size:,}"
+        for c in (CONFIG, MINI)
+    )
     remark = (
-        f"Encoder {config.vision.layers} layers of {config.vision.hidden_size}, decoder {config.language.layers} of "
-        f"{config.language.hidden_size}, vocabulary {config.language.vocab_size:,}; float32, CPU. Bytes of live storages."
+        f"{sizes} (the last row). float32, CPU; bytes of live storages in the second step of the trainer."
     )
     return {"rows": rows, "remark": remark}
 

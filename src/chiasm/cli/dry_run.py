@@ -1,11 +1,12 @@
 """``chiasm train RECIPE --dry-run`` and ``chiasm plan RECIPE``: a training run on paper.
 
-Both print the same figures: parameters by part, memory, FLOPs, steps, tokens, time, data. A dry run is about one machine,
-this one, whose matrix products are timed for a second; a plan is about N named GPUs. Nothing is written anywhere.
+Both print the same figures: parameters by part, memory, FLOPs, steps, tokens, time, data. A dry run is about one
+machine, this one, whose matrix products are timed for a second; a plan is about N named GPUs. Nothing is written.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from chiasm.cli.terminal import paint
@@ -95,7 +96,8 @@ def _planned(
         "time": {
             "step": {
                 "value": seconds,
-                "formula": f"{flops['total'].value:.4g} FLOP / ({gpus} · {machine.flops:.3g} · {machine.flops_share:g})",
+                "formula": f"{flops['total'].value:.4g} FLOP / ({gpus} · {machine.flops:.3g} · "
+                f"{machine.flops_share:g})",
             },
             "run": {"value": seconds * recipe.steps, "formula": f"steps {recipe.steps:,} · {seconds:.4g} s"},
             "devices": {
@@ -113,10 +115,17 @@ def _counted(recipe: Recipe) -> dict[str, Any]:
     from torch import nn
 
     from chiasm.train.optim import trainable
+    from chiasm.train.prepare import prepare
 
     try:
-        model = recipe.model.build()
-        trained = sum(p.numel() for p in trainable(model, nn.Module(), recipe.optim).values())
+        model = prepare(recipe.model.build(), recipe)
+        # Patterns for what the objective trains beside the model match nothing here.
+        own = {
+            name: tuple(p for p in getattr(recipe.optim, name) if not p.startswith("objective"))
+            for name in ("train", "freeze")
+        }
+        optim = replace(recipe.optim, groups=(), **own)  # type: ignore[arg-type]
+        trained = sum(p.numel() for p in trainable(model, nn.Module(), optim).values())
     except ChiasmError as error:
         raise UsageError(f"{recipe.name} cannot be planned: {error}") from error
     total = sum(p.numel() for p in model.parameters())

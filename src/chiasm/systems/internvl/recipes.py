@@ -1,8 +1,9 @@
 """Training recipes of the InternVL system.
 
 ``debug``: a toy of the whole pipeline, seconds on one core. ``mini_distill`` gives the bundled model its eyes,
-``mini_sft`` connects them to the language model. ``stage1_8b`` and its kind are the stages of the released models, ``sft``
-and ``lora`` fine-tune any checkpoint: their names are in ``table.RECIPES``, and they are functions of this module too.
+``mini_sft`` connects them to the language model. ``stage1_8b`` and its kind are the stages of the released models,
+``sft`` and ``lora`` fine-tune any checkpoint: their names are in ``table.RECIPES``, and they are functions of this
+module too.
 
 The bundled model is trained by the two of them in turn::
 
@@ -32,8 +33,8 @@ from chiasm.errors import CheckpointError
 from chiasm.model.causal import CausalVLM
 from chiasm.parts.language.config import LanguageConfig
 from chiasm.parts.vision.internvit import InternViTConfig, internvit_mini
-from chiasm.systems.internvl.mini import MiniConfig, build_mini, spec_of
 from chiasm.systems.internvl.config import InternVLConfig
+from chiasm.systems.internvl.mini import MiniConfig, build_mini, spec_of
 from chiasm.systems.internvl.model import build_internvl
 from chiasm.systems.internvl.released import released
 from chiasm.systems.internvl.table import RECIPES
