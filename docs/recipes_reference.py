@@ -44,7 +44,8 @@ def settings() -> str:
         paper = STAGE_TOKENS.get(stage, {}).get(size)
         lines.append(
             f"| `internvl/{name}` | {trains[stage]} | {recipe.optim.lr:g} "
-            f"| {recipe.batch:,} x {recipe.data.max_tokens:,} | {recipe.drop_path:g} | {warmup} | {recipe.optim.weight_decay:g} | {recipe.steps:,} | {tokens:.4g} B "
+            f"| {recipe.batch:,} x {recipe.data.max_tokens:,} | {recipe.drop_path:g} | {warmup} "
+            f"| {recipe.optim.weight_decay:g} | {recipe.steps:,} | {tokens:.4g} B "
             f"| {'' if paper is None else f'{paper} B'} |"
         )
     return "\n".join(lines)
