@@ -58,7 +58,7 @@ def test_options_that_do_not_go_together(run) -> None:
         (("internvl/stage2_8b", "--frames", "3"), "--frames is about a conversation"),
         (("InternVL2_5-8B", "--gpus", "8"), "--gpus is for recipes"),
         (("InternVL2_5-8B", "--explain"), "--explain is for recipes"),
-        (("internvl/stage2_9b",), "did you mean stage2_"),
+        (("internvl/stage2_9b",), "did you mean 'stage2_"),
         (("internvl/stage2_8b", "--set", "optim.weight_decya=1"), "did you mean 'weight_decay'"),
         (("internvl/stage2_8b", "--on", "h1000"), "there are h200"),
         (("internvl/sft",), "model.path is not set"),

@@ -125,7 +125,7 @@ def test_what_is_not_set_is_said_in_one_line(tmp_path: Path) -> None:
         released("sft").model.outline()
     with pytest.raises(ConfigError, match="min_frames"):
         MetaData(min_frames=9, max_frames=8)
-    with pytest.raises(UsageError, match=r"no recipe 'stage2_7b', did you mean stage2_"):
+    with pytest.raises(UsageError, match=r"no recipe 'stage2_7b', did you mean 'stage2_"):
         find_recipe("internvl/stage2_7b")
     with pytest.raises(ConfigError, match="do not divide among 7"):
         job_of(released("stage2_8b"), gpus=7)
