@@ -143,3 +143,14 @@ def test_the_list_names_what_there_is(run) -> None:
     assert "internvl/stage15_26b" in run("list", "recipes").out
     shown = json.loads(run("show", "internvl/lora", "--json").out)
     assert shown["lora"]["rank"] == 16
+
+
+def test_listing_recipes_loads_no_pytorch() -> None:
+    import subprocess
+    import sys
+
+    code = (
+        "import sys; from chiasm.cli.listing import entries; "
+        "assert len(entries('recipes')) > 30; assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
