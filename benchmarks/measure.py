@@ -22,7 +22,7 @@ README = HERE / "README.md"
 RESULTS = HERE / "results"
 SPEED_PAGE = HERE.parent / "docs" / "speed.md"
 SPEED = ("inference", "quantized", "peer_openvino", "batching", "attention")
-ORDER = (*SPEED, "preprocessing", "startup", "memory", "parity")
+ORDER = (*SPEED, "preprocessing", "startup", "memory", "plan_training", "parity")
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
 
 Summary = dict[str, Any]

@@ -75,3 +75,13 @@ def test_documentation_builds_without_warnings(tmp_path):
     ]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+def test_tables_of_recipes_are_current():
+    spec = importlib.util.spec_from_file_location("recipes_reference", DOCS / "recipes_reference.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    page = module.PAGE.read_text(encoding="utf-8")
+    assert module.render(page) == page, "run: python docs/recipes_reference.py"

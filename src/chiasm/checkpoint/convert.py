@@ -49,6 +49,7 @@ __all__ = [
     "added_tokens",
     "completed",
     "convert",
+    "convert_draft",
     "convert_part",
     "has_template",
 ]
@@ -172,25 +173,79 @@ def convert(
         if image_size is not None:
             draft = with_image_size(draft, image_size)
         public = draft.public if template is None else replace(draft.public, template=template)
-        adapter = adapter_for(
-            to,
-            language=draft.language,
-            vision=draft.vision,
-            downsample_ratio=public.downsample_ratio,
-        )
-        config = public.to_original() if to == "original" else public.to_hf(old=to == "hf-old")
-        tokens = words if to == "original" else _fast_folder(Path(made), words)
-        files = _files(opened, public, to, words, tokens)
-        written = write_checkpoint(
+        return _written(
+            opened,
+            replace(draft, public=public),
+            Path(made),
+            words,
             dst,
-            adapter.to_public(draft.tensors),
-            config,
+            to,
             max_shard_bytes=max_shard_bytes,
-            files=files,
             force=force,
             verify=verify,
         )
-        notes = (*draft.notes, *_notes(opened, draft, public, to, words))
+
+
+def convert_draft(
+    opened: OpenedCheckpoint,
+    draft: Draft,
+    dst: str | Path,
+    to: Target,
+    *,
+    force: bool = False,
+    verify: Callable[[Path], None] | None = None,
+) -> ConvertReport:
+    """Write a model that was put together in memory, whole or not at all.
+
+    Args:
+        opened: whose folder holds the files that belong to the words; the draft's tokenizer, where it has one, takes
+            the place of that folder's.
+        draft: the model.
+        dst: the folder to write.
+        to: the layout.
+        force: replace ``dst`` if it is a checkpoint folder.
+        verify: called with the finished folder before it appears; what it raises leaves no trace of it.
+
+    Raises:
+        UsageError, CheckpointError, ConfigError: as of `convert`.
+    """
+    folder = opened.reader.folder
+    check_apart(folder, Path(dst))
+    with opened.reader, tempfile.TemporaryDirectory() as made:
+        words = folder if draft.tokenizer is None else _words_folder(Path(made), draft, folder)
+        return _written(opened, draft, Path(made), words, Path(dst), to, force=force, verify=verify)
+
+
+def _written(
+    opened: OpenedCheckpoint,
+    draft: Draft,
+    made: Path,
+    words: Path,
+    dst: Path,
+    to: Target,
+    *,
+    max_shard_bytes: int = 5_000_000_000,
+    force: bool = False,
+    verify: Callable[[Path], None] | None = None,
+) -> ConvertReport:
+    """Write a draft with all files beside its weights; ``words`` is where those of the words are."""
+    public = draft.public
+    adapter = adapter_for(
+        to, language=draft.language, vision=draft.vision, downsample_ratio=public.downsample_ratio
+    )
+    config = public.to_original() if to == "original" else public.to_hf(old=to == "hf-old")
+    tokens = words if to == "original" else _fast_folder(made, words)
+    files = _files(opened, public, to, words, tokens)
+    written = write_checkpoint(
+        dst,
+        adapter.to_public(draft.tensors),
+        config,
+        max_shard_bytes=max_shard_bytes,
+        files=files,
+        force=force,
+        verify=verify,
+    )
+    notes = (*draft.notes, *_notes(opened, draft, public, to, words))
     return ConvertReport(
         source=opened.layout,
         target=to,

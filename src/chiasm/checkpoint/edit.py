@@ -37,6 +37,7 @@ __all__ = [
     "Part",
     "check_apart",
     "draft_of",
+    "drawn_projector",
     "extract",
     "with_image_size",
     "with_language",
@@ -208,7 +209,7 @@ def with_language(draft: Draft, folder: str | Path, *, template: str | None = No
             if not native.startswith(("embedder.vision.", "embedder.connect.")):
                 continue
             if old != new and native.startswith(("embedder.connect.fc1.", "embedder.connect.fc2.")):
-                drawn = drawn or _drawn_projector(draft, new, tensor.dtype, seed)
+                drawn = drawn or drawn_projector(_stacked(draft), new, tensor.dtype, seed)
                 tensor = drawn[native]
             yield native, tensor
         yield _WORDS, grown.words_VC
@@ -234,10 +235,14 @@ def with_language(draft: Draft, folder: str | Path, *, template: str | None = No
     )
 
 
-def _drawn_projector(draft: Draft, width: int, dtype: torch.dtype, seed: int) -> dict[str, Tensor]:
+def _stacked(draft: Draft) -> int:
+    """Width of a token after unshuffling."""
+    return draft.vision.hidden_size * round(1 / draft.public.downsample_ratio) ** 2
+
+
+def drawn_projector(inputs: int, width: int, dtype: torch.dtype, seed: int) -> dict[str, Tensor]:
     """The projector's two layers with the initialisation of `nn.Linear`, from a generator of their own."""
     generator = torch.Generator().manual_seed(seed)
-    inputs = draft.vision.hidden_size * round(1 / draft.public.downsample_ratio) ** 2
     out = {}
     for name, fan in (("fc1", inputs), ("fc2", width)):
         weight, bias, bound = torch.empty(width, fan), torch.empty(width), 1 / math.sqrt(fan)

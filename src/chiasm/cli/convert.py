@@ -3,7 +3,8 @@
 ``--to original|hf|hf-old`` translates an InternVL checkpoint and may change it on the way (language model, vocabulary,
 tile size). ``--for SERVER`` chooses the layout that a server reads and refuses what it could not serve. ``--to gguf``
 writes llama.cpp's files. ``--to vision|projector|language`` writes that part alone. ``--to bundle`` takes the run
-folder of ``internvl/mini_sft`` and writes what `chiasm.load` reads as a chiasm-mini: config and bfloat16 weights.
+folder of ``internvl/mini_sft`` and writes what `chiasm.load` reads as a chiasm-mini: config and bfloat16 weights. A run
+that began with a checkpoint (``internvl/sft``, the stages) is written in the layouts of whole models, adapters merged.
 """
 
 from __future__ import annotations
@@ -168,8 +169,15 @@ def convert_command(
             f"{src} is a bundle of chiasm-mini (encoder, projector, adapters; no language model): it cannot be "
             f"written as {to.value}"
         )
+    run = (src / "run.json").is_file()
+    if run:
+        _check_run(src, to, changes)
     with waiting(f"converting {src}"):
-        if to in _PARTS:
+        if run:
+            from chiasm.systems.internvl.nodes import export_run
+
+            report = export_run(src, dst, to.value, force=force, verify=_verifier(servers or []))  # type: ignore[arg-type]
+        elif to in _PARTS:
             report = convert_part(src, dst, _PARTS[to], force=force)
         elif to is Layout.GGUF:
             from chiasm.checkpoint.to_gguf import convert_to_gguf
@@ -204,6 +212,19 @@ def convert_command(
         note(line)
     for server in servers or ():
         note_serving(dst, server.value)
+
+
+def _check_run(src: Path, to: Layout, changes: dict[str, Any]) -> None:
+    """UsageError for what a run cannot be written as in one go."""
+    given = next((name for name, value in changes.items() if value is not None), None)
+    if to not in (Layout.ORIGINAL, Layout.HF, Layout.HF_OLD):
+        raise UsageError(
+            f"{src} is a run: write it with --to original, hf or hf-old first, and convert that folder to {to.value}"
+        )
+    if given is not None:
+        raise UsageError(
+            f"--{given.replace('_', '-')} changes a checkpoint: write the run {src} first, then change that folder"
+        )
 
 
 def _layout_for(to: Layout | None, servers: list[ServerName]) -> Layout:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.util
 import json
 from pathlib import Path
@@ -16,6 +17,8 @@ from chiasm.errors import UsageError
 
 __all__ = ["SECTIONS", "entries", "list_command"]
 
+RECIPE_TABLES = {"internvl": "chiasm.systems.internvl.table"}
+"""System -> module whose ``RECIPES`` names recipes that are made of its table."""
 SECTIONS = ("models", "recipes", "templates", "systems", "sizes")
 
 
@@ -60,12 +63,18 @@ def entries(section: str) -> dict[str, str]:
         return {
             f"{system}/{name}": meaning
             for system, home in RECIPE_HOMES.items()
-            for name, meaning in _public_functions(_source_of(home)).items()
+            for name, meaning in (_public_functions(_source_of(home)) | _tabled(system)).items()
         }
     if section == "sizes":
         return _presets(_source_of("chiasm.systems.internvl.presets"))
     folder = _source_of("chiasm.systems").parent
     return {path.parent.name: _first_line(path) for path in sorted(folder.glob("*/__init__.py"))}
+
+
+def _tabled(system: str) -> dict[str, str]:
+    """Recipes that a system makes of a table, which imports no PyTorch."""
+    home = RECIPE_TABLES.get(system)
+    return {} if home is None else importlib.import_module(home).RECIPES
 
 
 def _source_of(module: str) -> Path:

@@ -1,5 +1,7 @@
 """``chiasm plan MODEL``: tiles, tokens, memory, FLOPs and time of a conversation, before anything is loaded.
 
+``chiasm plan RECIPE --gpus N``: the same of a training run (`chiasm.cli.dry_run`).
+
 Counts come from the code that lays a chat out (`TilePolicy.counts`, `count_tokens`), costs from `chiasm.model.cost`. A
 preset has no tokenizer at hand: its template is counted by rule (`chiasm.text.assumed`), which the plan says.
 """
@@ -9,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -31,12 +34,20 @@ _SIZE = re.compile(r"([1-9]\d{0,8})[x×]([1-9]\d{0,8})", re.ASCII)
 _RELEASER = "OpenGVLab/"
 
 
+class Shard(StrEnum):
+    """Whether devices share one copy of weights, gradients and optimiser state."""
+
+    FULL = "full"
+    NONE = "none"
+
+
 def plan_command(
     model: Annotated[
         str,
         typer.Argument(
             metavar="MODEL",
-            help="A release (InternVL2_5-8B), chiasm-mini, smollm2, or a checkpoint folder.",
+            help="A release (InternVL2_5-8B), chiasm-mini, smollm2, a checkpoint folder; or a recipe "
+            "(internvl/stage2_8b).",
             show_default=False,
         ),
     ],
@@ -83,6 +94,8 @@ def plan_command(
     on: Annotated[
         str | None,
         typer.Option(
+            "--on",
+            "--machine",
             metavar="MACHINE",
             help="Estimate times on h200, h100, h100-pcie, a100, a100-40gb, l40s, l4, rtx4090, rtx3090 or mi300x.",
         ),
@@ -111,13 +124,67 @@ def plan_command(
             metavar="SHARE", help="Likewise of the bandwidth (0.7 with --on, 0.5 with --measure, 1)."
         ),
     ] = None,
+    gpus: Annotated[
+        int | None,
+        typer.Option(min=1, max=10**6, metavar="N", help="Of a recipe: devices that share a step (1)."),
+    ] = None,
+    shard: Annotated[
+        Shard | None,
+        typer.Option(
+            help="Of a recipe: divide weights and optimiser among the devices (full) or not (none)."
+        ),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="PATH=VALUE", help="Of a recipe: change one field (repeatable)."),
+    ] = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Of a recipe: the formula of each figure, and all moments.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Count tiles, tokens, memory and time before running.
 
     chiasm plan InternVL2_5-8B --image 1920x1080 --frames 32 --on h100 needs no weights: everything follows from the
     model's config, and each figure is printed with its formula. Times are a roofline of two machine figures.
+
+    chiasm plan internvl/stage2_8b --gpus 512 --on h100 plans a training run: parameters, optimiser and activation
+    memory, FLOPs, days.
     """
+    from chiasm.cli.train import RECIPE_HOMES
+
+    if ".py:" in model or model.partition("/")[0] in RECIPE_HOMES:
+        talk = {
+            "--image": image,
+            "--frames": frames,
+            "--text": text,
+            "--text-tokens": text_tokens,
+            "--max-tiles": max_tiles,
+            "--system": system,
+            "--template": template,
+            "--dtype": dtype,
+            "--bandwidth-share": bandwidth_share,
+        }
+        wrong = next((name for name, value in talk.items() if value is not None), None)
+        if wrong is not None:
+            raise UsageError(f"{wrong} is about a conversation: {model} is a recipe, change it with --set")
+        _plan_recipe(
+            model,
+            overrides or [],
+            gpus or 1,
+            shard or Shard.FULL,
+            on,
+            flops,
+            bandwidth,
+            measure,
+            flops_share,
+            explain,
+            as_json,
+        )
+        return
+    wrong = next((n for n, v in {"--gpus": gpus, "--shard": shard, "--set": overrides}.items() if v), None)
+    if wrong is not None or explain:
+        raise UsageError(f"{wrong or '--explain'} is for recipes (internvl/stage2_8b), {model} is none")
     if text is not None and text_tokens is not None:
         raise UsageError("--text and --text-tokens exclude each other: the text is counted")
     machine_given = _check_machine(on, flops, bandwidth, measure, flops_share, bandwidth_share)
@@ -309,6 +376,40 @@ def _machine(
         return measure(dtype=dtype, **shares)
     given = {name: share for name, share in shares.items() if share is not None}
     return Machine(flops=flops, bandwidth=bandwidth, **given)
+
+
+def _plan_recipe(
+    name: str,
+    overrides: list[str],
+    gpus: int,
+    shard: Shard,
+    on: str | None,
+    flops: float | None,
+    bandwidth: float | None,
+    measured: bool,
+    share: float | None,
+    explain: bool,
+    as_json: bool,
+) -> None:
+    """Print the plan of a training run."""
+    from chiasm.cli.dry_run import GPU_SHARE, HERE_SHARE, plan_recipe, training_lines
+    from chiasm.cli.train import find_recipe
+    from chiasm.train.recipe import apply_overrides
+
+    recipe = apply_overrides(find_recipe(name)(), overrides)
+    # Training reads its weights once a micro-batch: bandwidth plays no part in these estimates.
+    given = (
+        _check_machine(on, flops, bandwidth if flops is None else bandwidth or 1e30, measured, share, None)
+        or None
+    )
+    default = HERE_SHARE if measured else 1.0 if flops is not None else GPU_SHARE
+    machine = _machine(
+        on if given else "h100", flops, 1e30 if flops else None, recipe.compute, share or default, None
+    )
+    found = plan_recipe(recipe, machine, gpus=gpus, shard=shard.value)
+    if not given:
+        found["notes"].append("an H100 is assumed: name another machine with --on, or give --flops")
+    print(json.dumps(found) if as_json else "\n".join(training_lines(found, explain=explain)))
 
 
 # The plan --------------------------------------------------------------------------------------------------------

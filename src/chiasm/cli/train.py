@@ -54,9 +54,11 @@ def find_recipe(reference: str) -> Callable[[], Recipe]:
         )
     module = importlib.import_module(RECIPE_HOMES[system])
     if function not in module.__all__:
-        near = did_you_mean(function, module.__all__)
+        near, names = did_you_mean(function, module.__all__), list(module.__all__)
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         raise UsageError(
-            f"system {system!r} has no recipe {function!r}{near}; it has {', '.join(module.__all__)}"
+            f"system {system!r} has no recipe {function!r}{near}; it has {', '.join(names[:3])}{more} "
+            "(chiasm list recipes)"
         )
     return getattr(module, function)
 
@@ -160,10 +162,30 @@ def train_command(
     ] = None,
     until: Annotated[int | None, typer.Option(help="Stop after this step, to be resumed.")] = None,
     seed: Annotated[int | None, typer.Option(help="Same as --set seed=N.")] = None,
+    dry: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Print parameters, memory, FLOPs, time and data of the run; write nothing."
+        ),
+    ] = False,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="With --dry-run: the formula of each figure.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
 ) -> None:
     """Train a recipe. Interrupt it at any time; --resume continues as if nothing had happened."""
     settings = tuple(overrides or ()) + (() if seed is None else (f"seed={seed}",))
+    if explain and not dry:
+        raise UsageError("--explain belongs to --dry-run")
+    if dry:
+        from chiasm.cli.dry_run import dry_run, training_lines
+        from chiasm.train.recipe import apply_overrides
+
+        if recipe is None or resume is not None:
+            raise UsageError("--dry-run needs RECIPE, and no --resume")
+        found = dry_run(apply_overrides(find_recipe(recipe)(), settings), device=device)
+        print(json.dumps(found) if as_json else "\n".join(training_lines(found, explain=explain)))
+        return
     path = train(
         recipe,
         overrides=settings,

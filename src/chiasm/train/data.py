@@ -1,15 +1,21 @@
-"""Source: the protocol of a training set made of named families, which a trainer reads by index."""
+"""Source: the protocol of a training set made of named families, which a trainer reads by index.
+
+What: ``Source``, and ``open_data``, which opens the one of a recipe.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 
 from chiasm.data.mixture import Draw
 
-__all__ = ["Source"]
+if TYPE_CHECKING:
+    from chiasm.train.recipe import Recipe
+
+__all__ = ["Source", "open_data"]
 
 
 @runtime_checkable
@@ -32,3 +38,13 @@ class Source(Protocol):
     def fetch(self, draws: Sequence[Draw], random: torch.Generator) -> Any:
         """Return one batch (with a method ``to(device)``) of these samples, on the CPU."""
         ...
+
+
+def open_data(recipe: Recipe) -> Any:
+    """Open the source of a recipe; data that are laid out for a model (``open_for``) are told the recipe's model node.
+
+    Raises:
+        DataError: files are missing; the message says which, or what to set.
+    """
+    opener = getattr(recipe.data, "open_for", None)
+    return recipe.data.open() if opener is None else opener(recipe.model)

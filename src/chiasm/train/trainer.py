@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from chiasm.data.mixture import derive_seed
 from chiasm.errors import CheckpointError, ChiasmError, UsageError
+from chiasm.train.data import open_data
 from chiasm.train.feed import Feed, Loader, Part, Step, open_feed
 from chiasm.train.guard import TrainingError, Watch
 from chiasm.train.meter import Sizes, memory_mib, sizes_of
@@ -67,7 +68,7 @@ class Result:
 
 def build_parts(recipe: Recipe) -> tuple[Any, nn.Module, Any]:
     """Return (source, model, objective) of a recipe; new weights are a function of its seed only."""
-    source = recipe.data.open()
+    source = open_data(recipe)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(recipe.seed, "model"))
         model = recipe.model.build()

@@ -1,7 +1,9 @@
 """Training recipes of the InternVL system.
 
 ``debug``: a toy of the whole pipeline, seconds on one core. ``mini_distill`` gives the bundled model its eyes,
-``mini_sft`` connects them to the language model.
+``mini_sft`` connects them to the language model. ``stage1_8b`` and its kind are the stages of the released models,
+``sft`` and ``lora`` fine-tune any checkpoint: their names are in ``table.RECIPES``, and they are functions of this
+module too.
 
 The bundled model is trained by the two of them in turn::
 
@@ -11,7 +13,9 @@ The bundled model is trained by the two of them in turn::
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -21,15 +25,19 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 from torch import Tensor
 
-from chiasm.checkpoint.vocab import SPECIAL_TOKENS
+from chiasm.checkpoint.adapters import open_checkpoint
+from chiasm.checkpoint.vocab import SPECIAL_TOKENS, used_rows
 from chiasm.checkpoint.wheel import smollm2_folder
 from chiasm.data.layout import LayoutSpec
 from chiasm.errors import CheckpointError
 from chiasm.model.causal import CausalVLM
 from chiasm.parts.language.config import LanguageConfig
 from chiasm.parts.vision.internvit import InternViTConfig, internvit_mini
+from chiasm.systems.internvl.config import InternVLConfig
 from chiasm.systems.internvl.mini import MiniConfig, build_mini, spec_of
 from chiasm.systems.internvl.model import build_internvl
+from chiasm.systems.internvl.released import released
+from chiasm.systems.internvl.table import RECIPES
 from chiasm.text.tokenizer import Tokenizer, byte_alphabet
 from chiasm.train.distill import DistillData, DistillObjective, StudentSpec
 from chiasm.train.recipe import Group, Optim, Recipe, Schedule
@@ -38,6 +46,14 @@ from chiasm.train.sft import ChatSource, FinetuneObjective
 from chiasm.worlds import CountingWorld, World, open_world
 
 __all__ = ["debug", "mini_distill", "mini_sft"]
+__all__ += list(RECIPES)
+
+
+def __getattr__(name: str) -> Callable[[], Recipe]:
+    """The recipes of the released table."""
+    if name not in RECIPES:
+        raise AttributeError(f"{__name__} has no {name}")
+    return partial(released, name)
 
 
 # --- the toy --------------------------------------------------------------------------------------------------
@@ -87,9 +103,12 @@ class DebugModel:
 
     def build(self) -> CausalVLM:
         """Return the model, drawn from the global generator."""
+        return build_internvl(self.outline(), generator=torch.Generator().manual_seed(torch.initial_seed()))
+
+    def outline(self) -> InternVLConfig:
+        """The whole config."""
         tokenizer = _byte_tokenizer()
-        _, whole = spec_of(_DEBUG, _debug_language(tokenizer), tokenizer)
-        return build_internvl(whole, generator=torch.Generator().manual_seed(torch.initial_seed()))
+        return spec_of(_DEBUG, _debug_language(tokenizer), tokenizer)[1]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -201,6 +220,20 @@ class MiniModel:
                 reason = " ".join(str(error).split())[:200]
                 raise CheckpointError(f"{self.vision_from} does not fit the encoder: {reason}") from error
         return model
+
+    @property
+    def adapters(self) -> tuple[int, tuple[str, ...]]:
+        """Rank and layers of the adapters that ``build`` puts on the frozen language model."""
+        return self.config.lora_rank, self.config.lora_targets
+
+    def outline(self) -> InternVLConfig:
+        """The whole config; no weights are read."""
+        opened = open_checkpoint(self.language_folder or smollm2_folder())
+        with opened.reader as reader:
+            tokenizer = Tokenizer.from_file(reader.folder)
+        tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+        language = replace(opened.language, vocab_size=used_rows(tokenizer))
+        return spec_of(self.config, language, tokenizer)[1]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
