@@ -133,3 +133,12 @@ def test_groups_and_optim_validate():
         Group(pattern="")
     with pytest.raises(ConfigError):
         Optim(weight_decay=-1)
+
+
+def test_settings_are_checked_together():
+    one = apply_overrides(tiny(), ["batch=6", "accumulate=3"])
+    other = apply_overrides(tiny(), ["accumulate=3", "batch=6"])
+    assert one == other
+    assert (one.batch, one.accumulate) == (6, 3)
+    with pytest.raises(ConfigError, match="multiple"):
+        apply_overrides(tiny(), ["batch=6", "accumulate=4"])

@@ -18,7 +18,7 @@ from typing import Literal, Protocol
 
 import torch
 
-from chiasm.data.datasets import Dataset, DatasetSpec, blaming, mixture_weights, read_meta
+from chiasm.data.datasets import Dataset, DatasetSpec, blaming, mixture_weights, read_specs
 from chiasm.data.feed import PackedFeed, SetOptions
 from chiasm.data.layout import LayoutSpec, layout
 from chiasm.data.mixture import Draw
@@ -82,7 +82,9 @@ class PackedData:
 
     Attributes:
         layout: how samples are laid out; loss power and count are its own.
-        meta: an InternVL meta JSON with the data sets; empty: only those of ``sets``.
+        meta: an InternVL meta JSON with the data sets, or one annotation file (JSONL, JSON, parquet, tar, a glob of
+            shards); empty: only those of ``sets``.
+        root: where relative paths of that one annotation file's pictures start; a meta JSON has its own.
         sets: name -> data set, beside those of ``meta`` (a name in both is an error).
         max_tokens: rows of a pack. max_tiles: tiles (pictures' and frames') of a pack; None: no limit.
         buffer: packs that are open at once. method: "best_fit" or "first_fit".
@@ -102,6 +104,7 @@ class PackedData:
 
     layout: LayoutSource
     meta: str = ""
+    root: str = ""
     sets: Mapping[str, DatasetSpec] = field(default_factory=dict)
     max_tokens: int = 8192
     max_tiles: int | None = 24
@@ -142,7 +145,7 @@ class PackedData:
 
     def specs(self) -> dict[str, DatasetSpec]:
         """Return all data sets by name; ConfigError when one name means two."""
-        found = read_meta(self.meta) if self.meta else {}
+        found = read_specs(self.meta, root=self.root) if self.meta else {}
         twice = sorted(found.keys() & self.sets.keys())
         if twice:
             raise ConfigError(f"data set {twice[0]!r} is in data.sets and in {self.meta}: rename one of them")

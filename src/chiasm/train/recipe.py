@@ -328,6 +328,7 @@ def difference(a: Any, b: Any, path: str = "") -> list[str]:
 def apply_overrides(recipe: Tree, overrides: Iterable[str]) -> Tree:
     """Return the tree with ``path=value`` settings applied, each parsed as the type its field declares.
 
+    Their order makes no difference but between two settings of one field: the tree is checked when all are applied.
     Values: numbers, ``true``/``false``, ``none`` where allowed, plain strings; tuples and dicts as JSON.
 
     Raises:
@@ -335,38 +336,48 @@ def apply_overrides(recipe: Tree, overrides: Iterable[str]) -> Tree:
             message names field and type).
         ConfigError: the new value is out of the range its dataclass allows.
     """
+    settings: list[_Setting] = []
     for item in overrides:
         path, sign, text = item.partition("=")
         if not sign or not path.strip():
             raise UsageError(f"--set {item!r} has no '=': write it as path=value, for example optim.lr=1e-4")
-        recipe = _set(recipe, path.strip().split("."), text.strip(), path.strip())
-    return recipe
+        settings.append((path.strip().split("."), text.strip(), path.strip()))
+    return _set(recipe, settings) if settings else recipe
 
 
-def _set(node: Any, path: Sequence[str], text: str, full: str) -> Any:
+_Setting = tuple[Sequence[str], str, str]
+"""What is left of a path below a node, the value's text, and the whole path."""
+
+
+def _set(node: Any, settings: Sequence[_Setting]) -> Any:
     if isinstance(node, Mapping):
         # A dict field is open: its keys are data (family names), its values are of the type of a present value.
         kind = type(next(iter(node.values()), ""))
-        return {**node, ".".join(path): _parse(text, kind, full)}
+        return {**node, **{".".join(path): _parse(text, kind, full) for path, text, full in settings}}
     if not dataclasses.is_dataclass(node) or isinstance(node, type):
-        raise UsageError(f"--set {full}: {type(node).__name__} has no fields below it")
+        raise UsageError(f"--set {settings[0][2]}: {type(node).__name__} has no fields below it")
     names = [f.name for f in dataclasses.fields(node)]
-    if path[0] not in names:
-        raise UsageError(
-            f"--set {full}: {type(node).__name__} has no field {path[0]!r}{did_you_mean(path[0], names)}; "
-            f"it has {', '.join(names)}"
-        )
-    current = getattr(node, path[0])
-    if len(path) > 1:
-        value = _set(current, path[1:], text, full)
-    else:
+    values: dict[str, Any] = {}
+    below: dict[str, list[_Setting]] = {}
+    for path, text, full in settings:
+        if path[0] not in names:
+            raise UsageError(
+                f"--set {full}: {type(node).__name__} has no field {path[0]!r}{did_you_mean(path[0], names)}; "
+                f"it has {', '.join(names)}"
+            )
+        if len(path) > 1:
+            below.setdefault(path[0], []).append((path[1:], text, full))
+            continue
+        current = getattr(node, path[0])
         if dataclasses.is_dataclass(current):
             inner = ", ".join(f"{full}.{f.name}" for f in dataclasses.fields(current))
             raise UsageError(
                 f"--set {full}: this is a {type(current).__name__}; set one of its fields: {inner}"
             )
-        value = _parse(text, _field_type(node, path[0]), full)
-    return dataclasses.replace(node, **{path[0]: value})
+        values[path[0]] = _parse(text, _field_type(node, path[0]), full)
+    for name, deeper in below.items():
+        values[name] = _set(values.get(name, getattr(node, name)), deeper)
+    return dataclasses.replace(node, **values)
 
 
 def _field_type(node: Any, name: str) -> Any:

@@ -9,11 +9,13 @@ a release sets; the rest of `chiasm.train.packed.PackedData` keeps its defaults.
 
 from __future__ import annotations
 
+import glob
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from chiasm.data.layout import LayoutSpec
+from chiasm.data.quarantine import QuarantinePolicy
 from chiasm.errors import ConfigError, DataError
 from chiasm.media.frames import FrameSampling
 
@@ -50,7 +52,15 @@ class MetaData:
     """Data sets of a meta JSON."""
 
     meta: str = ""
-    """InternVL meta JSON: name -> {root, annotation, data_augment, repeat_time, max_dynamic_patch?}."""
+    """InternVL meta JSON: name -> {root, annotation, data_augment, repeat_time, max_dynamic_patch?}; or one annotation
+    file of any format (JSONL, JSON, parquet, tar, a glob of shards)."""
+    root: str = ""
+    """Where relative paths of that one annotation file's pictures start."""
+    dev: str = ""
+    """Held-out data sets, named as those of ``meta``: scored every ``eval_every`` steps, never trained on."""
+    dev_root: str = ""
+    dev_rows: int = 200
+    """Rows of each of them that are scored."""
     max_tokens: int = 16_384
     """Rows of a pack."""
     max_tiles: int = 48
@@ -69,9 +79,13 @@ class MetaData:
     """What the loss weight counts: as the released code (sample) or as the paper's text (response)."""
     min_frames: int = 8
     max_frames: int = 32
+    jpeg: Literal["tile", "image"] = "tile"
+    """What draws a JPEG quality of its own in sets with ``data_augment``."""
+    max_bad: float = 0.01
+    """Share of bad samples (left out and listed in the run's folder) above which the run stops."""
 
     def __post_init__(self) -> None:
-        for name in ("max_tokens", "max_tiles", "buffer", "min_frames"):
+        for name in ("max_tokens", "max_tiles", "buffer", "min_frames", "dev_rows"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"data.{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.loss_power <= 1:
@@ -79,19 +93,19 @@ class MetaData:
         if self.max_frames < self.min_frames:
             raise ConfigError(f"data.max_frames {self.max_frames} is below data.min_frames {self.min_frames}")
 
-    def found(self) -> Path:
-        """The meta JSON.
+    def found(self) -> str:
+        """The meta JSON, or the one annotation file.
 
         Raises:
             DataError: it is not set, or no file.
         """
         if not self.meta:
             raise DataError(
-                "data.meta is not set: name your meta JSON, --set data.meta=FILE (docs/recipes.md)"
+                "data.meta is not set: name your meta JSON or JSONL, --set data.meta=FILE (docs/recipes.md)"
             )
-        if not Path(self.meta).is_file():
+        if not Path(self.meta).is_file() and not glob.has_magic(self.meta):
             raise DataError(f"data.meta: there is no file {self.meta}")
-        return Path(self.meta)
+        return self.meta
 
     def open(self) -> Any:
         """Refuse: samples cannot be laid out without the model that reads them (see `open_for`)."""
@@ -106,14 +120,18 @@ class MetaData:
             DataError: the meta JSON is not set, or a file of it is missing or malformed.
         """
         meta = self.found()
-        from chiasm.train.packed import PackedData  # pyright: ignore[reportMissingImports]
+        from chiasm.data.datasets import read_specs
+        from chiasm.train.packed import PackedData
 
         sampling = FrameSampling(
             mode="rand", frames=None, min_frames=self.min_frames, max_frames=self.max_frames
         )
         return PackedData(
             layout=ModelLayout(model=model, loss_power=self.loss_power, loss_count=self.loss_count),
-            meta=str(meta),
+            meta=meta,
+            root=self.root,
+            dev=read_specs(self.dev, root=self.dev_root) if self.dev else {},
+            dev_rows=self.dev_rows,
             max_tokens=self.max_tokens,
             max_tiles=self.max_tiles,
             buffer=self.buffer,
@@ -122,4 +140,6 @@ class MetaData:
             strict=self.strict,
             resampling=self.resampling,
             sampling=sampling,
+            jpeg=self.jpeg,
+            quarantine=QuarantinePolicy(max_share=self.max_bad),
         ).open()

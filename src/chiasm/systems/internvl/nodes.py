@@ -232,7 +232,7 @@ class Source:
             model = build_internvl(self.config)
         kinds = {VISION: getattr(torch, vision), "embedder.connect.": torch.float32}
         other = getattr(torch, language)
-        tied = model.head.weight is model.embedder.words.weight
+        tied = model.head.weight is model.embedder.words.weight  # type: ignore[union-attr]
         with self.opened.reader:
             state = {
                 name: tensor.to(next((kind for part, kind in kinds.items() if name.startswith(part)), other))

@@ -7,17 +7,15 @@ asked for one real micro-batch.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any, Literal
 
 from chiasm.checkpoint.adapters import entries
 from chiasm.data.mixture import Mixture, generator
 from chiasm.data.sequence import IGNORE, Sequence
-from chiasm.errors import ChiasmError, ConfigError, DataError
+from chiasm.errors import ChiasmError, ConfigError
 from chiasm.model.train_cost import LINEAR, Learns, TrainJob
 from chiasm.systems.internvl.config import InternVLConfig
 from chiasm.systems.internvl.data import MetaData
@@ -188,7 +186,7 @@ def data_summary(recipe: Recipe) -> dict[str, Any]:
     data: Any = recipe.data
     try:
         if isinstance(data, MetaData):
-            return {"sets": _meta_sets(data.found(), data.resampling)}
+            return {"sets": _meta_sets(data)}
         source = data.open()
         passes = Mixture(source.sizes, source.weights, batch=recipe.batch, seed=recipe.seed).epochs(
             recipe.steps
@@ -203,34 +201,15 @@ def data_summary(recipe: Recipe) -> dict[str, Any]:
     return {"sets": sets}
 
 
-def _meta_sets(meta: Path, resampling: str) -> dict[str, dict[str, Any]]:
-    """Rows and shares of the sets of a meta JSON; rows are counted, or as it states them where a file is not lines."""
-    try:
-        said = json.loads(meta.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{meta}: not a readable JSON file ({error})") from None
-    if not isinstance(said, dict) or not said:
-        raise DataError(f"{meta}: a JSON object of data sets by name is needed")
-    found = {}
-    for name, one in said.items():
-        if not isinstance(one, dict) or not isinstance(one.get("annotation"), str):
-            raise DataError(f"{meta}: data set {name!r} has no annotation file")
-        rows, repeat = _rows(meta, name, one), float(one.get("repeat_time", 1))
-        effective = rows * repeat
-        weight = effective**0.5 if resampling == "sqrt" else effective
-        found[name] = {"rows": rows, "repeat": repeat, "weight": weight}
-    total = sum(one["weight"] for one in found.values()) or 1.0
-    return {name: {**one, "share": one["weight"] / total} for name, one in found.items()}
+def _meta_sets(data: MetaData) -> dict[str, dict[str, Any]]:
+    """Rows and shares of the data sets; rows are indexed, nothing else is read."""
+    from chiasm.data.datasets import mixture_weights, read_specs
 
-
-def _rows(meta: Path, name: str, one: dict[str, Any]) -> int:
-    path = Path(one["annotation"])
-    path = path if path.is_absolute() or path.is_file() else meta.parent / path
-    if path.suffix == ".jsonl" and path.is_file():
-        with path.open("rb") as lines:
-            return sum(1 for line in lines if line.strip())
-    if isinstance(one.get("length"), int):
-        return one["length"]
-    if not path.is_file():
-        raise DataError(f"{meta}: data set {name!r}: there is no file {path}")
-    raise DataError(f'{meta}: data set {name!r} is no JSONL file and states no length: give "length"')
+    specs = read_specs(data.found(), root=data.root)
+    sets = {name: spec.open(name) for name, spec in specs.items()}
+    weights = mixture_weights(sets, specs, resampling=data.resampling)
+    total = sum(weights.values()) or 1.0
+    return {
+        name: {"rows": len(one), "repeat": specs[name].repeat_time, "share": weights[name] / total}
+        for name, one in sets.items()
+    }
