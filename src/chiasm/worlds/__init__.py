@@ -18,7 +18,8 @@ from chiasm.worlds.cifar10 import CifarWorld
 from chiasm.worlds.counting import CountingWorld
 from chiasm.worlds.fashion import FashionWorld
 from chiasm.worlds.words import WordsWorld
-from chiasm.worlds.world import Sample, World, build_cache, cached, load_cache, write_jsonl
+from chiasm.worlds.world import Sample, Thing, World, build_cache, cached, load_cache
+from chiasm.worlds.writers import write_coco, write_jsonl, write_video
 
 __all__ = [
     "FAMILIES",
