@@ -2,13 +2,15 @@
 
 Called by ``worlds.assets.prepare`` with archives that the user downloaded. Names are the English labels of
 ``emojibase-data`` in the groups animals and nature, food and drink, travel and places, activities, objects; at most two
-words, without clock faces and phases of the moon; "dog face" and "dog" are one name. The drawings come in styles, each one
+words, without clock faces and phases of the moon; "dog face" and "dog" are one name. The drawings come in styles,
+each one
 archive: five emoji sets and Openclipart (public domain), of which a drawing is taken where its title ends with a name.
 
 Prepared files (shapes: C names, M drawings, S styles):
-  ``emoji.npz``   ``names`` (C,) str, ``groups`` (C,) str, ``styles`` (S,) str; ``images`` (M, 64, 64, 4) uint8 RGBA, each
-                  cropped to what is drawn and centred; ``concept`` (M,), ``style`` (M,) int64; ``codes`` (M,) str: hexcode
-                  or file
+  ``emoji.npz``   ``names`` (C,) str, ``groups`` (C,) str, ``styles`` (S,) str; ``images`` (M, 64, 64, 4) uint8
+  RGBA, each
+                  cropped to what is drawn and centred; ``concept`` (M,), ``style`` (M,) int64; ``codes`` (M,) str:
+                  hexcode or file
   ``photos.npz``  ``names`` (P,) str and, for each name, ``photo_<name>`` (h, w, 3) uint8, shorter side at most 320
 
 SVG drawings need resvg (extra ``worlds``).
@@ -55,7 +57,15 @@ PHOTOS: dict[str, tuple[str, ...]] = {
     ),
     "scikit_learn-*.whl": ("china.jpg", "flower.jpg"),
     "opencv-doc_*.deb": (
-        *("baboon.jpg", "fruits.jpg", "building.jpg", "aloeL.jpg", "home.jpg", "leuvenA.jpg", "butterfly.jpg"),
+        *(
+            "baboon.jpg",
+            "fruits.jpg",
+            "building.jpg",
+            "aloeL.jpg",
+            "home.jpg",
+            "leuvenA.jpg",
+            "butterfly.jpg",
+        ),
         *("rubberwhale1.png", "graf1.png", "board.jpg", "plant.jpg", "squirrel_cls.jpg", "smarties.png"),
     ),
 }
@@ -66,8 +76,12 @@ _NO_THINGS = re.compile(
 )
 _MOST_CLIPART = 6
 #: Names whose Openclipart drawings mostly show something else (baseball bats, grain elevators, …).
-_OTHER_THINGS = frozenset("bat elevator star ring pick seal cricket mouse egg bread houses jar club wind".split())
-_ODD_LABEL = re.compile(r"[:0-9’“”().!]|o.clock|thirty|\bmoon$|globe showing|\b(no|with|person|man|woman|people)\b")
+_OTHER_THINGS = frozenset(
+    "bat elevator star ring pick seal cricket mouse egg bread houses jar club wind".split()  # noqa: SIM905
+)
+_ODD_LABEL = re.compile(
+    r"[:0-9’“”().!]|o.clock|thirty|\bmoon$|globe showing|\b(no|with|person|man|woman|people)\b"
+)
 
 
 def name_of_label(label: str) -> str | None:
@@ -101,7 +115,9 @@ def prepare_emoji(archives: list[Path], save: Callable[..., None], members: Memb
             "emoji need names and drawings: run `npm pack emojibase-data` and `apt-get download "
             "fonts-noto-color-emoji` (or another style) in the same folder"
         )
-    rows = json.loads(dict(_tgz(names_archive[-1], lambda name: name == "package/en/data.json"))["package/en/data.json"])
+    rows = json.loads(
+        dict(_tgz(names_archive[-1], lambda name: name == "package/en/data.json"))["package/en/data.json"]
+    )
     names, groups, codes = _concepts(rows)
     readers: dict[str, Callable[..., Iterator[tuple[int, str, Image.Image]]]] = {
         "noto": _noto,
@@ -138,8 +154,10 @@ def prepare_photos(archives: list[Path], save: Callable[..., None], members: Mem
     found: dict[str, Image.Image] = {}
     for pattern, wanted in PHOTOS.items():
         for archive in [path for path in archives if path.match(pattern)][-1:]:
-            stream = _zip(archive, wanted) if archive.suffix == ".whl" else members(
-                archive, lambda name, wanted=wanted: Path(name).name in wanted
+            stream = (
+                _zip(archive, wanted)
+                if archive.suffix == ".whl"
+                else members(archive, lambda name, wanted=wanted: Path(name).name in wanted)
             )
             for name, data in stream:
                 with Image.open(io.BytesIO(data)) as picture:
@@ -153,7 +171,10 @@ def prepare_photos(archives: list[Path], save: Callable[..., None], members: Mem
         raise DataError(f"{archives[-1].name} has none of the known photographs: download it again")
     names = sorted(found)
     save(names=np.array(names), **{f"photo_{name}": np.asarray(found[name]) for name in names})
-    return "photographs under the licences of scikit-image (public domain and CC0 mostly), scikit-learn (CC BY), OpenCV (Apache-2.0)"
+    return (
+        "photographs under the licences of scikit-image (public domain and CC0 mostly), scikit-learn (CC BY), "
+        "OpenCV (Apache-2.0)"
+    )
 
 
 # --- names ----------------------------------------------------------------------------------------------------
@@ -186,7 +207,9 @@ def _noto(
     archive: Path, codes: dict[str, int], names: list[str], members: Members
 ) -> Iterator[tuple[int, str, Image.Image]]:
     """Single code points from the colour bitmaps (109 px) of the font."""
-    data = next((data for name, data in members(archive, lambda name: name.endswith("NotoColorEmoji.ttf"))), None)
+    data = next(
+        (data for name, data in members(archive, lambda name: name.endswith("NotoColorEmoji.ttf"))), None
+    )
     if data is None:
         raise DataError(f"{archive.name} has no NotoColorEmoji.ttf: download fonts-noto-color-emoji again")
     font = ImageFont.truetype(io.BytesIO(data), 109, layout_engine=ImageFont.Layout.BASIC)
@@ -268,20 +291,24 @@ def _svg(text: str) -> Image.Image:
         import resvg_py  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise missing_extra("resvg-py", "worlds") from error
-    with Image.open(io.BytesIO(resvg_py.svg_to_bytes(svg_string=text, width=3 * SIDE, skip_system_fonts=True))) as png:
+    with Image.open(
+        io.BytesIO(resvg_py.svg_to_bytes(svg_string=text, width=3 * SIDE, skip_system_fonts=True))
+    ) as png:
         return png.convert("RGBA")
 
 
 def _fit(picture: Image.Image) -> np.ndarray | None:
     """Crop to what is drawn and centre it in (64, 64, 4) uint8; None where next to nothing is drawn."""
-    box = picture.getchannel("A").point(lambda a: 255 if a > 16 else 0).getbbox()
+    box = picture.getchannel("A").point([0] * 17 + [255] * 239).getbbox()
     if box is None:
         return None
     picture = picture.crop(box)
     scale = SIDE / max(picture.size)
     size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
     # Premultiplied, so that the hidden colour of clear pixels does not bleed in.
-    small = picture.convert("RGBa").resize(size, Image.Resampling.BOX if scale < 1 else Image.Resampling.BICUBIC)
+    small = picture.convert("RGBa").resize(
+        size, Image.Resampling.BOX if scale < 1 else Image.Resampling.BICUBIC
+    )
     canvas = Image.new("RGBA", (SIDE, SIDE))
     canvas.paste(small.convert("RGBA"), ((SIDE - size[0]) // 2, (SIDE - size[1]) // 2))
     out = np.asarray(canvas)

@@ -1,11 +1,11 @@
 """Drawing charts: bars (grouped, stacked, lying), lines, pies, points; axes, ticks, legends, titles.
 
-What is filled is drawn at twice the size and reduced, text is set at its own size on top. Bars begin and end on whole pixels, so
-the boxes in ``marks`` are exactly what is drawn, and a value can be read back from a box: over H pixels of axis a value is
-known to (hi - lo) / H.
+What is filled is drawn at twice the size and reduced, text is set at its own size on top. Bars begin and end on
+whole pixels, so the boxes in ``marks`` are exactly what is drawn, and a value can be read back from a box: over H
+pixels of axis a value is known to (hi - lo) / H.
 
-Frame: pixels, origin at the top left corner, y down; boxes (x0, y0, x1, y1) with exclusive ends. Angles of a pie are degrees
-clockwise from 12 o'clock.
+Frame: pixels, origin at the top left corner, y down; boxes (x0, y0, x1, y1) with exclusive ends. Angles of a pie
+are degrees clockwise from 12 o'clock.
 
 Shape legend: H x W pixels.
 """
@@ -113,7 +113,9 @@ class _Board:
                 fill=fill,
             )
 
-    def text(self, text: str, x: float, y: float, *, size: int = 0, anchor: str = "left", role: str = "") -> None:
+    def text(
+        self, text: str, x: float, y: float, *, size: int = 0, anchor: str = "left", role: str = ""
+    ) -> None:
         """Set a text whose ink begins at ``y``; anchors: left, middle, right of ``x``."""
         size = size or self.size
         left, top, right, _ = self.face.at(size).getbbox(text)
@@ -140,7 +142,7 @@ class _Board:
 
     def high(self, size: int = 0) -> int:
         """The height of capitals and descenders."""
-        left, top, right, bottom = self.face.at(size or self.size).getbbox("Ag0")
+        _, top, _, bottom = self.face.at(size or self.size).getbbox("Ag0")
         return math.ceil(bottom - top)
 
 
@@ -208,7 +210,9 @@ def _axes_and_marks(board: _Board, pad: int, top: int) -> bool:
         bottom = board.height - pad - ink - 6
         if table.units:
             board.text(f"in {table.units}", pad, top, size=max(9, size - 1), role="units")
-            top += ink + 5 + (0 if lying else ink // 2 + 2)  # half of the highest tick's number stands above the plot
+            top += (
+                ink + 5 + (0 if lying else ink // 2 + 2)
+            )  # half of the highest tick's number stands above the plot
         if not lying:
             board.text(table.label, (left + right) / 2, bottom + 2, anchor="middle", role="axis")
         bottom -= 2
@@ -313,7 +317,9 @@ def _bars(board: _Board, start: float, slot: float, place: Any, *, lying: bool, 
                 if lying:
                     board.text(show(value), far + 3, (a + b) / 2 - board.high() / 2, role="value")
                 else:
-                    board.text(show(value), (a + b) / 2, far - board.high() - 1, anchor="middle", role="value")
+                    board.text(
+                        show(value), (a + b) / 2, far - board.high() - 1, anchor="middle", role="value"
+                    )
 
 
 def _lines(board: _Board, start: float, slot: float, place: Any) -> None:
@@ -335,14 +341,19 @@ def _pie(board: _Board, pad: int, top: int) -> bool:
     total = sum(values)
     if min(values) <= 0 or min(values) < 0.02 * total:
         return False
-    texts = [f"{label} ({show(value)})" if spec.values else label for label, value in zip((r[0] for r in table.rows), values, strict=True)]
+    texts = [
+        f"{label} ({show(value)})" if spec.values else label
+        for label, value in zip((r[0] for r in table.rows), values, strict=True)
+    ]
     high = board.high()
     width = 0 if spec.compact else math.ceil(max(text_width(board.face, size, t) for t in texts)) + high + 8
     if not spec.compact and table.units and spec.values:
         board.text(f"in {table.units}", pad, top, size=max(9, size - 1), role="units")
         top += high + 5
     room = min(board.width - 2 * pad - width, board.height - pad - top)
-    if room < (24 if spec.compact else 80) or (not spec.compact and len(texts) * (high + 5) > board.height - top - pad):
+    if room < (24 if spec.compact else 80) or (
+        not spec.compact and len(texts) * (high + 5) > board.height - top - pad
+    ):
         return False
     side = room
     x, y = pad + (board.width - 2 * pad - width - side) // 2, top + (board.height - pad - top - side) // 2
@@ -352,9 +363,17 @@ def _pie(board: _Board, pad: int, top: int) -> bool:
     for r, value in enumerate(values):
         turn = 360.0 * value / total
         box = (x * _FINE, y * _FINE, (x + side) * _FINE - 1, (y + side) * _FINE - 1)
-        board.pen.pieslice(box, angle - 90, angle + turn - 90, fill=PALETTE[spec.colours[r]], outline=spec.paper)
+        board.pen.pieslice(
+            box, angle - 90, angle + turn - 90, fill=PALETTE[spec.colours[r]], outline=spec.paper
+        )
         board.out.marks.append(
-            {"row": r, "series": 0, "colour": spec.colours[r], "start": round(angle, 3), "end": round(angle + turn, 3)}
+            {
+                "row": r,
+                "series": 0,
+                "colour": spec.colours[r],
+                "start": round(angle, 3),
+                "end": round(angle + turn, 3),
+            }
         )
         angle += turn
     if not spec.compact:

@@ -1,9 +1,10 @@
 """Charts of real and made-up tables, with questions that have exact answers.
 
-Kinds: bars (single, grouped, stacked, lying), lines, pies, points (``worlds.chart_draw``); tables from ``worlds.tables``, which
-are divided among the splits, as are fonts and the words of made-up labels. Answers are numbers as the table has them (to
-be scored by relaxed accuracy, 5 %, as ChartQA does), labels of the chart, colours, or yes and no. Where an answer
-follows from comparing marks, those differ by at least ``CLEAR`` of the axis, so that it can be seen.
+Kinds: bars (single, grouped, stacked, lying), lines, pies, points (``worlds.chart_draw``); tables from
+``worlds.tables``, which are divided among the splits, as are fonts and the words of made-up labels. Answers are
+numbers as the table has them (to be scored by relaxed accuracy, 5 %, as ChartQA does), labels of the chart,
+colours, or yes and no. Where an answer follows from comparing marks, those differ by at least ``CLEAR`` of the
+axis, so that it can be seen.
 
 Pictures under 160 pixels are *compact*: two to five bars or slices, each named by its colour, without axes and titles.
 
@@ -98,7 +99,7 @@ class ChartsWorld(World):
         super().__init__(split, seed=seed)
         self.pixels = None if pixels is None else pixels_of(pixels, 48)
         self.compact = self.pixels is not None and min(self.pixels) < _COMPACT
-        self.kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)
+        self.kinds: tuple[ChartKind, ...] = (kinds,) if isinstance(kinds, str) else tuple(kinds)  # type: ignore[assignment]
         self.asked = (questions,) if isinstance(questions, str) else tuple(questions)
         for given, known in ((self.kinds, KINDS), (self.asked, QUESTIONS)):
             unknown = [name for name in given if name not in known]
@@ -109,7 +110,9 @@ class ChartsWorld(World):
             if not self.kinds:
                 raise DataError("charts under 160 pixels are of the kinds bar, horizontal and pie")
         if not 0.0 <= real <= 1.0 or not 1 <= rounds <= len(QUESTIONS):
-            raise DataError(f"real={real} rounds={rounds}: give a share 0..1 and 1..{len(QUESTIONS)} questions")
+            raise DataError(
+                f"real={real} rounds={rounds}: give a share 0..1 and 1..{len(QUESTIONS)} questions"
+            )
         self.rounds, self.real = rounds, real
         self.faces = faces(split, fonts, folder)
         self.tables = tables_of(split)
@@ -152,7 +155,9 @@ class ChartsWorld(World):
         spec, drawn, *_ = self._chart(self.checked(index))
         label = {"line": "point", "scatter": "point"}.get(spec.kind, "bar")
         boxes = [
-            mark["box"] if "box" in mark else [mark["point"][0] - 3, mark["point"][1] - 3, mark["point"][0] + 3, mark["point"][1] + 3]
+            mark["box"]
+            if "box" in mark
+            else [mark["point"][0] - 3, mark["point"][1] - 3, mark["point"][0] + 3, mark["point"][1] + 3]
             for mark in drawn.marks
             if "start" not in mark
         ]
@@ -172,9 +177,7 @@ class ChartsWorld(World):
 
     # --- one chart ------------------------------------------------------------------------------------------
 
-    def _chart(
-        self, index: int
-    ) -> tuple[ChartSpec, Drawn, list[tuple[str, str]], list[dict[str, Any]], str]:
+    def _chart(self, index: int) -> tuple[ChartSpec, Drawn, list[tuple[str, str]], list[dict[str, Any]], str]:
         """Try tables and sizes until one can be drawn and asked about."""
         rng = self.random(index)
         kind = self.kinds[index % len(self.kinds)]
@@ -347,7 +350,11 @@ def _question(
         if name == "difference" and not apart(column[first], column[second]):
             return None
         number = column[first] - column[second] if name == "difference" else column[first] + column[second]
-        return say(row=row_name(first), other=row_name(second)), show(number), about | {"row": first, "other": second}
+        return (
+            say(row=row_name(first), other=row_name(second)),
+            show(number),
+            about | {"row": first, "other": second},
+        )
     if name in ("highest", "lowest"):
         if spec.kind == "stacked" and c > 0:
             return None
@@ -369,13 +376,21 @@ def _question(
         if rows < 2 or not apart(column[r], column[other]):
             return None
         yes = column[r] > column[other]
-        return say(row=row_name(r), other=row_name(other)), "yes" if yes else "no", about | {"row": r, "other": other}
+        return (
+            say(row=row_name(r), other=row_name(other)),
+            "yes" if yes else "no",
+            about | {"row": r, "other": other},
+        )
     if name == "colour":
         k = r if spec.kind == "pie" else c
         named = table.rows[k][0] if spec.kind == "pie" else table.columns[k]
         return say(name=named), spec.colours[k], about | {"row": k if spec.kind == "pie" else None}
     if name == "above":
-        ticks = [t for t in drawn.axis.get("ticks", [])[1:-1] if all(abs(v - t) >= CLEAR / 2 * scale for v in column)]
+        ticks = [
+            t
+            for t in drawn.axis.get("ticks", [])[1:-1]
+            if all(abs(v - t) >= CLEAR / 2 * scale for v in column)
+        ]
         if not ticks or spec.kind in ("pie", "stacked"):
             return None
         limit = ticks[int(rng.integers(len(ticks)))]

@@ -1,12 +1,12 @@
 """Naming drawings: emoji of several sets and clip art, on coloured or photographic backgrounds.
 
-Source of the drawings: ``worlds.art_assets`` (asset "emoji"). Every name of the dev and test splits also occurs in training,
-but never in the same drawing:
+Source of the drawings: ``worlds.art_assets`` (asset "emoji"). Every name of the dev and test splits also occurs in
+training, but never in the same drawing:
 
-- ``held_out="drawing"``: of each name, one set's drawing is kept for test and another one's for dev, chosen by a hash of the
-  name; the sets left are for training. Sets that redraw each other (``RELATED``) are one.
-- ``held_out="style"``: test has all drawings of one set (OpenMoji), dev of another (Twemoji), training the others; a test
-  picture is then in a style that was never seen.
+- ``held_out="drawing"``: of each name, one set's drawing is kept for test and another one's for dev, chosen by a hash
+  of the name; the sets left are for training. Sets that redraw each other (``RELATED``) are one.
+- ``held_out="style"``: test has all drawings of one set (OpenMoji), dev of another (Twemoji), training the others; a
+  test picture is then in a style that was never seen.
 
 Names are balanced exactly: each block of ``len(names)`` samples has every name once.
 
@@ -57,7 +57,9 @@ def _hash(*words: str) -> int:
 
 
 @functools.lru_cache(maxsize=16)
-def drawings_of(split: str, held_out: HeldOut = "drawing", folder: str | Path | None = None) -> tuple[Drawing, ...]:
+def drawings_of(
+    split: str, held_out: HeldOut = "drawing", folder: str | Path | None = None
+) -> tuple[Drawing, ...]:
     """Return a split's drawings, of names that all three splits have.
 
     Raises:
@@ -73,9 +75,11 @@ def drawings_of(split: str, held_out: HeldOut = "drawing", folder: str | Path | 
     out: list[Drawing] = []
     for k in sorted(of_name):
         name = str(arrays["names"][k])
-        sets = {RELATED.get(styles[s], styles[s]) for s in arrays["style"][of_name[k]].tolist()} - {"openclipart"}
+        sets = {RELATED.get(styles[s], styles[s]) for s in arrays["style"][of_name[k]].tolist()} - {
+            "openclipart"
+        }
         if held_out == "drawing":
-            order = sorted(sets, key=lambda family, name=name: _hash(name, family))
+            order = [family for _, family in sorted((_hash(name, family), family) for family in sets)]
             home = {order[0]: "test", order[1]: "dev"} if len(order) >= 3 else None
         else:
             home = _STYLE_OF if set(_STYLE_OF) < sets else None

@@ -5,8 +5,8 @@ Sprites are drawn shapes (divided among the splits as in ``worlds.scenes``), nam
 Every object has a band or a cell of its own, so nothing is ever hidden by anything else.
 
 Kinds: ``direction`` (left, right, up, down or not at all), ``speed`` (which of two is faster), ``first`` and ``last``
-(which appears so), ``order`` (does one appear before the other), ``gone`` (which vanishes first), ``count`` (how often one
-blinks). The answer is drawn first, evenly, then a clip for it.
+(which appears so), ``order`` (does one appear before the other), ``gone`` (which vanishes first), ``count`` (how
+often one blinks). The answer is drawn first, evenly, then a clip for it.
 
 Frame: pixels, origin at the top left corner, y down; boxes (x0, y0, x1, y1) with exclusive ends. Frame f is shown at
 f / fps seconds.
@@ -27,7 +27,16 @@ from chiasm.errors import DataError
 from chiasm.worlds.cifar10 import ANSWERS, CifarWorld
 from chiasm.worlds.clipart import drawings_of, photo_crop, resize_drawing
 from chiasm.worlds.scenes import pairs_of, pixels_of
-from chiasm.worlds.sprites import ANGLES, COLOURS, TEXTURES, background, box_of, paste, shape_alpha, sprite_colours
+from chiasm.worlds.sprites import (
+    ANGLES,
+    COLOURS,
+    TEXTURES,
+    background,
+    box_of,
+    paste,
+    shape_alpha,
+    sprite_colours,
+)
 from chiasm.worlds.world import Sample, Thing, World, resize_square
 
 __all__ = ["DIRECTIONS", "QUESTIONS", "ClipsWorld"]
@@ -39,7 +48,10 @@ TIMES = ("zero", "one", "two", "three", "four")
 _FASTER = 1.8
 
 _WORDINGS: dict[str, tuple[str, ...]] = {
-    "direction": ("In which direction does the {a} move?", "Where does the {a} move to: left, right, up, down?"),
+    "direction": (
+        "In which direction does the {a} move?",
+        "Where does the {a} move to: left, right, up, down?",
+    ),
     "speed": ("Which moves faster, the {a} or the {b}?", "Which is faster: the {a} or the {b}?"),
     "first": ("What appears first?", "Which object comes into view first?"),
     "last": ("What appears last?", "Which object comes into view last?"),

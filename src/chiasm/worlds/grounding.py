@@ -1,8 +1,8 @@
 """Box grounding: 3 to 5 objects, one is asked for by its name, the answer is its box.
 
-Each side of a box is 15 to 40 % of the picture's; boxes do not overlap; no two objects of a picture have the same name. An object
-is a drawn shape ("red circle", shapes and colours divided as in ``worlds.scenes``) or a named drawing ("dog", asset
-"emoji", divided as in ``worlds.clipart``). Answers are in the public format, ``<ref>red
+Each side of a box is 15 to 40 % of the picture's; boxes do not overlap; no two objects of a picture have the same
+name. An object is a drawn shape ("red circle", shapes and colours divided as in ``worlds.scenes``) or a named
+drawing ("dog", asset "emoji", divided as in ``worlds.clipart``). Answers are in the public format, ``<ref>red
 circle</ref><box>[[x1,y1,x2,y2]]</box>``, whole numbers 0..1000 of width and height.
 
 The control: ``mean_box`` is the best that an answer without looking can do, one constant box for all pictures.
@@ -22,7 +22,16 @@ from chiasm.errors import DataError
 from chiasm.media.boxes import format_box, iou, pixels_to_thousand
 from chiasm.worlds.clipart import Drawing, HeldOut, drawings_of, photo_crop, resize_drawing
 from chiasm.worlds.scenes import object_masks, pairs_of, pixels_of
-from chiasm.worlds.sprites import ANGLES, COLOURS, TEXTURES, background, box_of, paste, shape_alpha, sprite_colours
+from chiasm.worlds.sprites import (
+    ANGLES,
+    COLOURS,
+    TEXTURES,
+    background,
+    box_of,
+    paste,
+    shape_alpha,
+    sprite_colours,
+)
 from chiasm.worlds.world import Sample, Thing, World
 
 __all__ = ["SIDES", "GroundingWorld", "box_scores", "mean_box"]
@@ -132,7 +141,11 @@ class GroundingWorld(World):
             cell = cells[len(objects)]
             if self.sprites == "drawings":
                 drawing = self._drawings[int(rng.integers(len(self._drawings)))]
-                thing: dict[str, Any] = {"name": drawing.name, "style": drawing.style, "source": drawing.source}
+                thing: dict[str, Any] = {
+                    "name": drawing.name,
+                    "style": drawing.style,
+                    "source": drawing.source,
+                }
                 if any(other["name"] == drawing.name for other in objects):
                     continue
                 drawn.append(drawing)
@@ -218,7 +231,8 @@ def _cells(count: int, width: int, height: int, rng: np.random.Generator) -> lis
                 u, v = next(draws)
                 x, y = int(u * (width - w + 1)), int(v * (height - h + 1))
                 if all(
-                    x >= c[2] + gap or c[0] >= x + w + gap or y >= c[3] + gap or c[1] >= y + h + gap for c in cells
+                    x >= c[2] + gap or c[0] >= x + w + gap or y >= c[3] + gap or c[1] >= y + h + gap
+                    for c in cells
                 ):
                     cells.append((x, y, x + w, y + h))
                     break
@@ -251,7 +265,9 @@ def box_scores(
     truth = _asked(world, n)
     given = np.asarray(boxes, float)
     if given.shape not in ((4,), (len(truth), 4)):
-        raise DataError(f"boxes of the shape {given.shape}: give one box, or one for each of {len(truth)} samples")
+        raise DataError(
+            f"boxes of the shape {given.shape}: give one box, or one for each of {len(truth)} samples"
+        )
     found = [iou(a, b) for a, b in zip(np.broadcast_to(given, (len(truth), 4)).tolist(), truth, strict=True)]
     return {"iou": float(np.mean(found)), "accuracy": float(np.mean(np.array(found) >= 0.5))}
 

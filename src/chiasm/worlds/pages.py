@@ -1,9 +1,9 @@
 """Pages: title, headings, paragraphs, tables and small print, of any aspect ratio, with exact ground truth.
 
-Paragraphs are made of real sentences. ``text="passages"`` takes those of ``passages.json`` (openings of works in the public
-domain, each in one split); ``text="book"`` the prepared ``text.txt`` of ``chiasm.eval.perplexity``, cut into 80 % for train,
-8 % for dev and the rest for test: do not measure perplexity on a book that was trained on. Tables are those of
-``worlds.tables``. Titles and headings are words of the split, and fonts are divided too.
+Paragraphs are made of real sentences. ``text="passages"`` takes those of ``passages.json`` (openings of works in the
+public domain, each in one split); ``text="book"`` the prepared ``text.txt`` of ``chiasm.eval.perplexity``, cut into
+80 % for train, 8 % for dev and the rest for test: do not measure perplexity on a book that was trained on. Tables are
+those of ``worlds.tables``. Titles and headings are words of the split, and fonts are divided too.
 
 Sizes go from 100 x 800 to 1600 x 400. A wide page has columns. Every line, cell and word knows its box.
 
@@ -29,7 +29,7 @@ from chiasm.errors import DataError
 from chiasm.media.boxes import format_box, pixels_to_thousand
 from chiasm.worlds.assets import assets_dir
 from chiasm.worlds.scenes import pixels_of
-from chiasm.worlds.tables import Table, made_up, show, tables_of, view
+from chiasm.worlds.tables import made_up, show, tables_of, view
 from chiasm.worlds.typeset import Face, Fonts, faces, ink_box, text_width, word_boxes, wrap
 from chiasm.worlds.words import words_of
 from chiasm.worlds.world import Sample, Thing, World
@@ -46,7 +46,10 @@ _BODY, _TINY = 10, 8
 _WORDINGS: dict[str, tuple[str, ...]] = {
     "title": ("What is the title of the page?", "Read the title.", "What is the page called?"),
     "heading": ("What is the {nth} heading?", "Read the {nth} heading."),
-    "cell": ("What is in the row {row} and the column {column}?", "Which number does {row} have under {column}?"),
+    "cell": (
+        "What is in the row {row} and the column {column}?",
+        "Which number does {row} have under {column}?",
+    ),
     "largest": ("Which {label} has the largest {column}?", "In which row of the table is {column} largest?"),
     "smallprint": ("What is the document number in the small print?", "Read the number in the small print."),
     "word": ("What is the {nth} word of the {mth} paragraph?",),
@@ -161,7 +164,9 @@ class PagesWorld(World):
         if text not in ("passages", "book"):
             raise DataError(f"text={text!r}: choose passages or book")
         if not 0.0 <= real <= 1.0 or not 1 <= rounds <= len(QUESTIONS):
-            raise DataError(f"real={real} rounds={rounds}: give a share 0..1 and 1..{len(QUESTIONS)} questions")
+            raise DataError(
+                f"real={real} rounds={rounds}: give a share 0..1 and 1..{len(QUESTIONS)} questions"
+            )
         self.rounds, self.real, self.text = rounds, real, text
         self.passages = sentences_of(split) if text == "passages" else _book(split, folder)
         self.faces = faces(split, fonts, folder)
@@ -174,8 +179,9 @@ class PagesWorld(World):
     def sample(self, index: int) -> Sample:
         """Return sample ``index``.
 
-        ``meta``: ``title``, ``headings``, ``paragraphs``, ``table`` (with ``cells``: row, column, text, box; row -1 is the
-        head), ``lines`` (text, role, box, size), ``font``, ``number`` (of the small print) and ``asked``.
+        ``meta``: ``title``, ``headings``, ``paragraphs``, ``table`` (with ``cells``: row, column, text, box; row
+        -1 is the head), ``lines`` (text, role, box, size), ``font``, ``number`` (of the small print) and
+        ``asked``.
         """
         i = self.checked(index)
         page, facts, rounds, asked = self._page(i)
@@ -218,9 +224,7 @@ class PagesWorld(World):
 
     # --- one page -------------------------------------------------------------------------------------------
 
-    def _page(
-        self, index: int
-    ) -> tuple[_Page, dict[str, Any], list[tuple[str, str]], list[dict[str, Any]]]:
+    def _page(self, index: int) -> tuple[_Page, dict[str, Any], list[tuple[str, str]], list[dict[str, Any]]]:
         """Set pages until one allows the wished question."""
         rng = self.random(index)
         wanted = self.asked[int(rng.integers(len(self.asked)))]
@@ -234,7 +238,9 @@ class PagesWorld(World):
             for further in (self.asked[int(k)] for k in rng.permutation(len(self.asked))):
                 if len(rounds) == self.rounds:
                     break
-                more = _question(further, page, facts, rng, self.split == "train") if further != name else None
+                more = (
+                    _question(further, page, facts, rng, self.split == "train") if further != name else None
+                )
                 if more is not None:
                     rounds.append((more[0], more[1]))
                     asked.append(more[2])
@@ -278,7 +284,9 @@ class PagesWorld(World):
             page.line(text, big, margin, y, "title")
             y = page.lines[-1]["box"][3] + 3
         number = f"{int(rng.integers(100, 1000))}-{int(rng.integers(10, 100))}"
-        small = wrap(page.face, tiny, f"Document {number}, page {int(rng.integers(1, 100))}", width - 2 * margin)
+        small = wrap(
+            page.face, tiny, f"Document {number}, page {int(rng.integers(1, 100))}", width - 2 * margin
+        )
         high = _high(page.face, tiny) + 2
         foot = height - margin - high * len(small)
         for k, text in enumerate(small):
@@ -356,14 +364,20 @@ class PagesWorld(World):
             most = int(min(8, (bottom - y) // high - 1))
             if most < 2:
                 return None
-            limits = {"rows": (min(3, most), most), "columns": (1, 3 - attempt // 2)}
+            rows, columns = (min(3, most), most), (1, 3 - attempt // 2)
             if rng.random() < self.real:
-                table = view(self.tables[int(rng.integers(len(self.tables)))], rng, **limits)
+                table = view(
+                    self.tables[int(rng.integers(len(self.tables)))], rng, rows=rows, columns=columns
+                )
             else:
-                table = made_up(self.split, rng, **limits)
-            texts = [[table.label, *table.columns], *([name, *map(show, values)] for name, values in table.rows)]
+                table = made_up(self.split, rng, rows=rows, columns=columns)
+            texts = [
+                [table.label, *table.columns],
+                *([name, *map(show, values)] for name, values in table.rows),
+            ]
             wide = [
-                math.ceil(max(text_width(face, size, row[c]) for row in texts)) + 10 for c in range(len(texts[0]))
+                math.ceil(max(text_width(face, size, row[c]) for row in texts)) + 10
+                for c in range(len(texts[0]))
             ]
             if sum(wide) <= space and len(texts) * high <= bottom - y:
                 break
@@ -447,14 +461,20 @@ def _question(
     if name == "at":
         lines = [line for line in page.lines if line["role"] != "cell"]
         line = lines[int(rng.integers(len(lines)))]
-        boxes = [one for one in word_boxes(page.face, line["size"], line["text"], *line["at"]) if len(_bare(one[0])) >= 3]
+        boxes = [
+            one
+            for one in word_boxes(page.face, line["size"], line["text"], *line["at"])
+            if len(_bare(one[0])) >= 3
+        ]
         if not boxes:
             return None
         text, box = boxes[int(rng.integers(len(boxes)))]
         corners = ",".join(map(str, pixels_to_thousand(box, *size)))
         return say(box=corners), _bare(text), about | {"box": list(box), "role": line["role"]}
     places = [("the title", _union([line["box"] for line in page.lines if line["role"] == "title"]))]
-    places.append(("the small print", _union([line["box"] for line in page.lines if line["role"] == "small print"])))
+    places.append(
+        ("the small print", _union([line["box"] for line in page.lines if line["role"] == "small print"]))
+    )
     if page.table is not None:
         places.append(("the table", page.table["box"]))
     for k in range(min(len(page.paragraphs), len(ORDINALS))):

@@ -1,9 +1,9 @@
 """Questions about scenes, each planned before its scene is drawn so that answers are balanced.
 
-A question begins with a *wish*: the answer that it shall have, drawn evenly from all answers of its kind. ``plan`` says what
-a scene must be like for that, ``ask`` finds the objects that fit in a finished scene and words the question, or returns
-None where the scene does not serve. The answer therefore never depends on how often scenes come out one way; the
-ground truth is still computed from the finished objects, never from the wish.
+A question begins with a *wish*: the answer that it shall have, drawn evenly from all answers of its kind. ``plan``
+says what a scene must be like for that, ``ask`` finds the objects that fit in a finished scene and words the
+question, or returns None where the scene does not serve. The answer therefore never depends on how often scenes
+come out one way; the ground truth is still computed from the finished objects, never from the wish.
 
 Objects are dicts {"shape", "colour", "size", "texture", "box"}; boxes are in pixels, later objects lie on top.
 """
@@ -222,7 +222,12 @@ def wish(family: str, rng: np.random.Generator, pairs: Sequence[tuple[str, str]]
 
 
 def plan(
-    family: str, wished: Wish, rng: np.random.Generator, pairs: Sequence[tuple[str, str]], least: int, most: int
+    family: str,
+    wished: Wish,
+    rng: np.random.Generator,
+    pairs: Sequence[tuple[str, str]],
+    least: int,
+    most: int,
 ) -> Plan:
     """Say what a scene must be like for the wish to come true."""
 
@@ -246,7 +251,9 @@ def plan(
         if wished[0] == "is":
             crowd = count(2)  # a "no" about two objects of a picture in which others overlap
             other = crowd > 3 and bool(rng.integers(2))
-            return Plan(count=crowd, nested=other and wished[1] == "inside", partial=other and wished[1] != "inside")
+            return Plan(
+                count=crowd, nested=other and wished[1] == "inside", partial=other and wished[1] != "inside"
+            )
         return Plan(count=2 + int(rng.integers(max(1, min(most, 4) - 1))))
     if family == "comparison":
         if wished[0] == "larger":
@@ -374,7 +381,11 @@ def _ask_relation(wished: Wish, objects: Sequence[Thing], order: list[int], say:
                     facts=facts,
                 )
             if kind == "is":
-                no = _OPPOSITE.get(relation, "") in known if relation in _OPPOSITE else bool(known - {"overlapping"})
+                no = (
+                    _OPPOSITE.get(relation, "") in known
+                    if relation in _OPPOSITE
+                    else bool(known - {"overlapping"})
+                )
                 no = no and "inside" not in known
                 if relation in known if wished[2] else no:
                     return Asked(

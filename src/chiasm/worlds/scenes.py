@@ -1,9 +1,9 @@
 """Scenes of 1 to 6 textured objects: attributes, counts, relations, comparisons, existence, boxes, captions.
 
 An object is shape x colour x size x texture (``worlds.sprites``); it fills its box up to the outline. Objects stand
-apart, except where a question needs one inside or over another. The 64 (shape, colour) pairs are divided among the splits so
-that every shape and every colour occurs in each: a test scene is made only of test pairs, which never occur in
-training. Answers are balanced by construction (``worlds.scene_questions``).
+apart, except where a question needs one inside or over another. The 64 (shape, colour) pairs are divided among the
+splits so that every shape and every colour occurs in each: a test scene is made only of test pairs, which never
+occur in training. Answers are balanced by construction (``worlds.scene_questions``).
 
 Frame: pixels, origin at the top left corner, x to the right, y down; boxes (x0, y0, x1, y1) have exclusive ends. A mask
 holds the pixels that an object covers at least by half and that nothing on top covers by half; its box is around it.
@@ -109,7 +109,9 @@ class ScenesWorld(World):
         if not 1 <= self.least <= self.most <= 6:
             raise DataError(f"objects={tuple(objects)}: give least and largest number, 1..6")
         if self.most < 3 and {"relation", "comparison"} & set(self.families):
-            raise DataError(f"objects={tuple(objects)}: relations and comparisons need up to 3 objects at least")
+            raise DataError(
+                f"objects={tuple(objects)}: relations and comparisons need up to 3 objects at least"
+            )
         if not 1 <= rounds <= len(FAMILIES):
             raise DataError(f"rounds={rounds}: give 1..{len(FAMILIES)}")
         self.rounds = rounds
@@ -203,7 +205,9 @@ class ScenesWorld(World):
     def _further(
         self, asked: list[Asked], objects: list[dict[str, Any]], tone: str, rng: np.random.Generator
     ) -> list[Asked]:
-        """Ask up to ``rounds - 1`` more about the finished scene; a wish that it cannot serve is drawn again, 8 times."""
+        """Ask up to ``rounds - 1`` more about the finished scene; a wish that it cannot serve is drawn again, 8
+        times.
+        """
         more: list[Asked] = []
         if self.rounds == 1:
             return more
@@ -223,14 +227,14 @@ class ScenesWorld(World):
 
     def _objects(self, wanted: Plan, rng: np.random.Generator) -> list[dict[str, Any]]:
         """Choose attributes and places; an empty list where the objects found no room."""
-        objects = []
+        objects: list[dict[str, Any]] = []
         large = 0
         for k in range(wanted.count):
             fixed = wanted.fixed[k] if k < len(wanted.fixed) else {}
             key, values = wanted.without if k >= len(wanted.fixed) else ("", ())
             while True:
                 shape, colour = self.pairs[int(rng.integers(len(self.pairs)))]
-                thing = {
+                thing: dict[str, Any] = {
                     "shape": shape,
                     "colour": colour,
                     "size": "large" if rng.random() < 0.5 else "small",

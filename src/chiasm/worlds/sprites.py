@@ -1,9 +1,9 @@
 """What the drawn worlds share: shapes with exact masks, textures, backgrounds, pasting.
 
-A sprite fills its box: the outline of a shape, turned by its angle, is stretched to (height, width). Coverage is computed
-with NumPy at 4 x 4 points a pixel (no drawing library, so pixels do not depend on its version) and remembered by
-(shape, width, height, angle); whoever draws thousands of scenes therefore keeps to whole sizes and few angles. A pixel
-belongs to an object where its coverage is at least one half.
+A sprite fills its box: the outline of a shape, turned by its angle, is stretched to (height, width). Coverage is
+computed with NumPy at 4 x 4 points a pixel (no drawing library, so pixels do not depend on its version) and
+remembered by (shape, width, height, angle); whoever draws thousands of scenes therefore keeps to whole sizes and
+few angles. A pixel belongs to an object where its coverage is at least one half.
 
 Shape legend: H x W pixels of a picture, h x w of a sprite.
 """
@@ -186,12 +186,9 @@ def background(
         base = np.clip(
             (rng.uniform(0, 60) if dark else rng.uniform(190, 255)) + rng.uniform(-25, 25, 3), 0, 255
         )
-        if (
-            not len(near)
-            or (
-                (((near - base) ** 2).sum(1) >= _DISTANCE**2).all()
-                and (((near * _DARK - base) ** 2).sum(1) >= _DISTANCE_DARK**2).all()
-            )
+        if not len(near) or (
+            (((near - base) ** 2).sum(1) >= _DISTANCE**2).all()
+            and (((near * _DARK - base) ** 2).sum(1) >= _DISTANCE_DARK**2).all()
         ):
             break
     kind = BACKGROUNDS[int(rng.integers(len(BACKGROUNDS)))]
@@ -213,7 +210,7 @@ def background(
 
 
 def box_of(mask: np.ndarray) -> tuple[int, int, int, int]:
-    """Return (x0, y0, x1, y1) around the True pixels of an (H, W) mask, exclusive ends; (0, 0, 0, 0) if there are none."""
+    """Return (x0, y0, x1, y1), exclusive ends, around the True pixels of an (H, W) mask; zeros if there are none."""
     ys, xs = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     if not len(ys):
         return (0, 0, 0, 0)

@@ -1,8 +1,8 @@
 """Tables for pages and charts: real numbers with their source, and made-up ones that look real.
 
-``tables.json`` holds 27 tables, each in one split: public-domain data from the packages statsmodels and vega-datasets, and
-well-known facts compiled for this project; every table names its source. A chart shows a *view*: a few rows and columns.
-Made-up tables have labels from the word list of their split (``worlds.words``).
+``tables.json`` holds 27 tables, each in one split: public-domain data from the packages statsmodels and vega-datasets,
+and well-known facts compiled for this project; every table names its source. A chart shows a *view*: a few rows and
+columns. Made-up tables have labels from the word list of their split (``worlds.words``).
 
 Values have the decimals of the table; ``show`` writes a value as it is printed and answered.
 """
@@ -148,7 +148,12 @@ _TOPICS = (
 
 
 def made_up(
-    split: str, rng: np.random.Generator, *, rows: tuple[int, int], columns: tuple[int, int] = (1, 3), adds_up: bool = False
+    split: str,
+    rng: np.random.Generator,
+    *,
+    rows: tuple[int, int],
+    columns: tuple[int, int] = (1, 3),
+    adds_up: bool = False,
 ) -> Table:
     """Make a table of random numbers whose labels are words of the split; of a whole if ``adds_up``."""
     topics = [topic for topic in _TOPICS if topic[5] or not adds_up]
@@ -157,7 +162,11 @@ def made_up(
     count, width = int(rng.integers(rows[0], rows[1] + 1)), int(rng.integers(columns[0], columns[1] + 1))
     names = [words[int(k)].capitalize() for k in rng.permutation(len(words))[: count + 1]]
     year = 1990 + int(rng.integers(30))
-    heads = [str(year + k) for k in range(width)] if width > 1 else [units.capitalize() if units != "%" else "Share"]
+    heads = (
+        [str(year + k) for k in range(width)]
+        if width > 1
+        else [units.capitalize() if units != "%" else "Share"]
+    )
     scale = most * float(rng.uniform(0.2, 1.0))
     values = np.round(rng.uniform(0.05, 1.0, (count, width)) * scale, decimals)
     values = np.maximum(values, 1.0 if decimals == 0 else 0.1)

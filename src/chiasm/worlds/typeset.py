@@ -1,7 +1,7 @@
 """Setting text for pages and charts: faces, measured lines, wrapping, turned labels.
 
-A face is a font file of the split (``worlds.fonts``) or the font that Pillow bundles; ``faces("train", "bundled")`` needs
-no file at all. Lines are wrapped by the sum of their words' widths, so a line never runs over.
+A face is a font file of the split (``worlds.fonts``) or the font that Pillow bundles; ``faces("train", "bundled")``
+needs no file at all. Lines are wrapped by the sum of their words' widths, so a line never runs over.
 
 Frame: pixels, origin at the top left corner, y down; boxes (x0, y0, x1, y1) with exclusive ends.
 """

@@ -3,9 +3,10 @@
 Source: fact sheet InternVL 2.5, section 3.1 (meta and rows); the public COCO annotation format.
 
 Both writers are atomic and resumable. Every file is written beside its place and renamed; rows are appended to
-``<name>.jsonl.partial`` (COCO: ``<name>.coco.jsonl.partial``) and renamed when all are there. A second call with the same world and options goes
-on behind the last whole row, and does nothing where all is done. Beside the rows lies ``<name>.manifest.json``, which says
-what they came from; rows of another world or of other options are never continued but written anew.
+``NAME.jsonl.partial`` (COCO: ``NAME.coco.jsonl.partial``) and renamed when all are there. A second call with the same
+world and options goes on behind the last whole row, and does nothing where all is done. Beside the rows lies
+``NAME.manifest.json`` (``NAME.coco.manifest.json``), which says what they came from; rows of another world or of other
+options are never continued but written anew.
 
 Files, NAME = <family>_<split>: ``NAME.json`` (meta) · ``NAME.jsonl`` · ``images/NAME/00000.png`` or ``.jpg`` · clips
 ``videos/NAME/00000.mp4``, ``.gif`` or a folder of ``0000.png`` · ``NAME.coco.json``.
@@ -29,7 +30,7 @@ from chiasm.worlds.world import Sample, World
 
 __all__ = ["Format", "Progress", "write_coco", "write_jsonl", "write_video"]
 
-#: What files hold: "png" (exact) or "jpeg" pictures; of clips "frames" (folders of PNG), "mp4" (extra ``video``) or "gif".
+#: Pictures as "png" (exact) or "jpeg"; clips as "frames" (folders of PNG), "mp4" (extra ``video``) or "gif".
 Format = Literal["png", "jpeg", "frames", "mp4", "gif"]
 _PICTURES, _CLIPS = ("png", "jpeg"), ("frames", "mp4", "gif")
 
