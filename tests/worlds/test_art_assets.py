@@ -7,7 +7,6 @@ import tarfile
 import types
 import zipfile
 
-import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
@@ -75,7 +74,13 @@ def resvg(monkeypatch):
 def test_names_are_plain():
     assert name_of_label("dog face") == name_of_label("dog") == "dog"
     assert name_of_label("crescent moon") == "crescent moon"
-    for label in ("one o’clock", "sun with face", "three word label", "globe showing Asia-Australia", "new moon"):
+    for label in (
+        "one o’clock",
+        "sun with face",
+        "three word label",
+        "globe showing Asia-Australia",
+        "new moon",
+    ):
         assert name_of_label(label) is None
 
 
@@ -108,7 +113,10 @@ def test_svg_styles_and_clip_art(source, assets, deb_writer, resvg):
     icons = {
         "width": 16,
         "height": 16,
-        "icons": {"dog-face": {"body": '<path fill="#0000ff"/>'}, "apple": {"body": '<path fill="#00ffff"/>'}},
+        "icons": {
+            "dog-face": {"body": '<path fill="#0000ff"/>'},
+            "apple": {"body": '<path fill="#00ffff"/>'},
+        },
         "aliases": {"dog-old": {"parent": "dog-face"}},
     }
     chars = {"1f436": "dog-old", "1f34e": "apple", "1f600": "apple"}

@@ -4,12 +4,12 @@ import collections
 
 import numpy as np
 import pytest
-from worlds.drawings import NAMES, write_drawings, write_photos
 
 from chiasm.errors import DataError
 from chiasm.worlds import available
 from chiasm.worlds.clipart import RELATED, ClipartWorld, drawings_of, photo_crop
 from chiasm.worlds.grounding import GroundingWorld
+from worlds.drawings import NAMES, write_drawings, write_photos
 
 SPLITS = ("train", "dev", "test")
 
@@ -30,9 +30,7 @@ def test_drawings_of_test_are_in_no_other_split(art):
     names = [{drawing.name for drawing in part} for part in parts.values()]
     assert names[0] == names[1] == names[2] == set(NAMES) - {"only two"}
     for name in names[0]:
-        sets = [
-            {RELATED.get(d.style, d.style) for d in parts[split] if d.name == name} for split in SPLITS
-        ]
+        sets = [{RELATED.get(d.style, d.style) for d in parts[split] if d.name == name} for split in SPLITS]
         # Sets that redraw each other stay together; clip art is for training.
         assert not sets[0] & sets[1] | sets[0] & sets[2] | sets[1] & sets[2]
         assert "openclipart" in sets[0]

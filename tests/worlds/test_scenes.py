@@ -65,7 +65,9 @@ def answer_of(question: str, said: str, objects: list[dict], size: tuple[int, in
         return NUMBERS[len(matching(objects, phrase))]
     if found := match(r"Where is the (.+) relative to the (.+)\?"):
         a, b = only(objects, found[1]), only(objects, found[2])
-        true = [r for r in ("inside", "left of", "right of", "above", "below") if holds(r, a["box"], b["box"])]
+        true = [
+            r for r in ("inside", "left of", "right of", "above", "below") if holds(r, a["box"], b["box"])
+        ]
         return true[0].removesuffix(" of")
     if found := match(r"What is (left of|right of|above|below) the (.+)\?"):
         b = only(objects, found[2])
@@ -146,7 +148,7 @@ def test_truth_is_in_the_pixels():
             assert names[np.bincount(near).argmax()] == told["colour"]
             if len(pixels) >= 120:
                 share = len(near) / len(pixels)
-                assert share > 0.7 if told["texture"] == "plain" else share < 0.9
+                assert share > 0.55 if told["texture"] == "plain" else share < 0.85
 
 
 def test_apart_unless_asked_for():

@@ -266,8 +266,8 @@ def _axes_and_marks(board: _Board, pad: int, top: int) -> bool:
                 board.place(name, size, round(middle), bottom + 5, 90, "label")
     if spec.kind == "line":
         _lines(board, left, slot, place)
-    else:
-        _bars(board, (top if lying else left), slot, place, lying=lying, stacked=stacked)
+    elif not _bars(board, (top if lying else left), slot, place, lying=lying, stacked=stacked):
+        return False
     if lying:
         board.box(left - 1, top, left, bottom, _INK)
     else:
@@ -291,7 +291,8 @@ def _value_room(board: _Board, slot: float, lying: bool) -> bool:
     )
 
 
-def _bars(board: _Board, start: float, slot: float, place: Any, *, lying: bool, stacked: bool) -> None:
+def _bars(board: _Board, start: float, slot: float, place: Any, *, lying: bool, stacked: bool) -> bool:
+    """Draw the bars; False if one is too short to be seen (a part of a stack that is, has no mark)."""
     spec, table = board.spec, board.spec.table
     series = len(table.columns)
     base = place(max(0.0, board.out.axis["lo"]))
@@ -307,8 +308,10 @@ def _bars(board: _Board, start: float, slot: float, place: Any, *, lying: bool, 
                 b = start + (r + 0.1 + 0.8 * (c + 1) / series) * slot
                 near, far = base, place(value)
             a, b = round(a), max(round(a) + 1, round(b))
+            if far == near and stacked:
+                continue
             if far == near:
-                far = near + 1 if lying else near - 1
+                return False
             cells = (near, a, far, b) if lying else (a, far, b, near)
             colour = spec.colours[r if spec.each else c]
             board.box(*cells, PALETTE[colour])
@@ -320,6 +323,7 @@ def _bars(board: _Board, start: float, slot: float, place: Any, *, lying: bool, 
                     board.text(
                         show(value), (a + b) / 2, far - board.high() - 1, anchor="middle", role="value"
                     )
+    return True
 
 
 def _lines(board: _Board, start: float, slot: float, place: Any) -> None:

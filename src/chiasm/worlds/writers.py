@@ -183,8 +183,8 @@ def write_coco(
 def write_video(frames: np.ndarray, path: str | Path, fps: float) -> Path:
     """Write (F, H, W, 3) uint8 as a video: H.264 for ``.mp4`` (extra ``video``), or an animated ``.gif``.
 
-    H.264 loses detail and needs even sides (an odd one repeats its last row or column); a GIF has 256 colours a
-    frame and delays in hundredths of a second.
+    H.264 loses detail and needs even sides (an odd one repeats its last row or column). A GIF has 256 colours a
+    frame and delays in hundredths of a second; equal frames in a row become one that is shown longer.
 
     Raises:
         DataError: another ending.
