@@ -64,6 +64,15 @@ def test_answers_are_balanced_and_the_pixels_are_those_of_the_drawing(art):
         assert np.ptp(xs) > 18
 
 
+def test_same_picture_in_any_order(art):
+    first, second = ClipartWorld("dev", folder=art, photos=0.5), ClipartWorld("dev", folder=art, photos=0.5)
+    samples = {index: first.sample(index) for index in (7, 2, 11)}
+    for index in (2, 11, 7):
+        assert second.sample(index).meta == samples[index].meta
+        np.testing.assert_array_equal(second.sample(index).image, samples[index].image)
+    assert first.manifest() == second.manifest() != ClipartWorld("dev", folder=art).manifest()
+
+
 def test_names_can_be_chosen(art):
     few = ClipartWorld("test", names=3, folder=art)
     assert len(few) == 9

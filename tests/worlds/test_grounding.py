@@ -1,5 +1,8 @@
 """Grounding: sizes, names, boxes that are those of the masks, and the control without looking."""
 
+import hashlib
+import json
+
 import numpy as np
 import pytest
 
@@ -69,6 +72,23 @@ def test_questions_are_canonical_outside_training():
         "Please provide the bounding box coordinate of the region this sentence describes: "
     }
     assert len({s.question.split()[0] for s in GroundingWorld("train", size=40)}) == 3
+
+
+GOLDEN = {("train", 0): "1bd8b48d8a9f33b9", ("test", 11): "207401d6f54eeb43"}
+
+
+@pytest.mark.parametrize(("split", "index"), GOLDEN)
+def test_golden_samples(split, index):
+    sample = GroundingWorld(split).sample(index)
+    told = json.dumps([sample.rounds, sample.meta], sort_keys=True).encode()
+    assert hashlib.sha256(told + sample.image.tobytes()).hexdigest()[:16] == GOLDEN[split, index]
+
+
+def test_same_picture_in_any_order():
+    first, second = GroundingWorld("dev", size=9), GroundingWorld("dev", size=30)
+    for index in (8, 1, 8):
+        assert first.sample(index).meta == second.sample(index).meta
+        np.testing.assert_array_equal(first.sample(index).image, second.sample(index).image)
 
 
 def test_bad_options_are_named():

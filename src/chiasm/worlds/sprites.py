@@ -47,6 +47,8 @@ ANGLES: dict[str, tuple[int, ...]] = {
     "ring": (0,),
 }
 _SUPER = 4
+#: Pixels of the largest sprite that counts as small.
+_SMALL = 48 * 48
 #: The dark second colour of a texture, as a share of the first.
 _DARK = 0.4
 #: A background keeps at least these RGB distances from the colours of the objects on it and from their second colours.
@@ -83,9 +85,12 @@ _OUTLINES: dict[str, list[tuple[float, float]]] = {
 }
 
 
-@functools.lru_cache(maxsize=16384)
 def shape_alpha(shape: str, width: int, height: int, angle: int = 0) -> np.ndarray:
     """Return the coverage (height, width) float32 in 0..1 of a shape that fills its box; read-only, shared."""
+    return (_small_alpha if width * height <= _SMALL else _large_alpha)(shape, width, height, angle)
+
+
+def _alpha(shape: str, width: int, height: int, angle: int) -> np.ndarray:
     x_W = (np.arange(width * _SUPER) + 0.5) / (width * _SUPER) * 2 - 1
     y_H = (np.arange(height * _SUPER) + 0.5) / (height * _SUPER) * 2 - 1
     if shape in ("circle", "ring"):
@@ -104,6 +109,11 @@ def shape_alpha(shape: str, width: int, height: int, angle: int = 0) -> np.ndarr
     return alpha
 
 
+# Many small sprites and few large ones are remembered: at most about 75 MB each.
+_small_alpha = functools.lru_cache(maxsize=8192)(_alpha)
+_large_alpha = functools.lru_cache(maxsize=512)(_alpha)
+
+
 def _inside(corners: np.ndarray, x_W: np.ndarray, y_H: np.ndarray) -> np.ndarray:
     """Return (H, W) bool by the even-odd rule: how many edges a ray to the right crosses."""
     inside = np.zeros((len(y_H), len(x_W)), bool)
@@ -116,7 +126,7 @@ def _inside(corners: np.ndarray, x_W: np.ndarray, y_H: np.ndarray) -> np.ndarray
     return inside
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=1024)
 def texture(kind: str, width: int, height: int, variant: int = 0) -> np.ndarray | None:
     """Return where the second colour lies, (height, width, 1) float32 of 0 and 1; None for "plain".
 
