@@ -75,9 +75,8 @@ def drawings_of(
     out: list[Drawing] = []
     for k in sorted(of_name):
         name = str(arrays["names"][k])
-        sets = {RELATED.get(styles[s], styles[s]) for s in arrays["style"][of_name[k]].tolist()} - {
-            "openclipart"
-        }
+        used = {styles[int(s)] for s in arrays["style"][of_name[k]]} - {"openclipart"}
+        sets = {RELATED.get(style, style) for style in used}
         if held_out == "drawing":
             order = [family for _, family in sorted((_hash(name, family), family) for family in sets)]
             home = {order[0]: "test", order[1]: "dev"} if len(order) >= 3 else None
