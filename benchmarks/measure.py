@@ -21,8 +21,12 @@ HERE = Path(__file__).parent
 README = HERE / "README.md"
 RESULTS = HERE / "results"
 SPEED_PAGE = HERE.parent / "docs" / "speed.md"
+WORLDS_PAGE = HERE.parent / "docs" / "worlds.md"
 SPEED = ("inference", "quantized", "peer_openvino", "batching", "attention")
-ORDER = (*SPEED, "preprocessing", "startup", "memory", "plan_training", "parity")
+ORDER = (
+    *SPEED,
+    *("preprocessing", "startup", "memory", "plan_training", "training", "parity", "worlds"),
+)
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
 
 Summary = dict[str, Any]
@@ -114,8 +118,8 @@ def finish(name: str, result: dict[str, Any], *, write: bool) -> None:
 
 
 def publish() -> None:
-    """Put the tables of all kept results between the two marks of the README and of the page about answering speed."""
-    for page, names in {README: ORDER, SPEED_PAGE: SPEED}.items():
+    """Put the tables of kept results between the two marks of the README and of the pages about speed and worlds."""
+    for page, names in {README: ORDER, SPEED_PAGE: SPEED, WORLDS_PAGE: ("worlds",)}.items():
         text = page.read_text(encoding="utf-8")
         head, _, rest = text.partition(BEGIN)
         _, _, tail = rest.partition(END)

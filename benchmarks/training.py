@@ -30,17 +30,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 import torch.nn.functional as F
-import transformers
 from inference import TILES, Case, build_theirs
-from measure import alternate, compare, finish
+from measure import compare
 from torch import Tensor, nn
 
 from chiasm.data.packing import EXAMPLE_TILES, Item, Packer, example_items, simulate
 from chiasm.data.sequence import IGNORE, IMAGE, MediaBatch, Span
 from chiasm.data.sequence import Sequence as Row
 from chiasm.media.pixels import normalize
-from chiasm.model.causal import CausalVLM
 from chiasm.model.alive import LiveBytes
+from chiasm.model.causal import CausalVLM
 from chiasm.nn.losses import cross_entropy, cross_entropy_reference, token_weights
 from chiasm.parts.language.config import LanguageConfig
 from chiasm.parts.vision.internvit import InternViTConfig
@@ -125,7 +124,9 @@ def shapes(*, toy: bool = False) -> list[Shape]:
 def lengths(count: int, seed: int, longest: int = LONGEST) -> list[int]:
     """Text lengths of documents."""
     random = torch.Generator().manual_seed(seed)
-    drawn = torch.empty(count).log_normal_(mean=torch.tensor(MEDIAN).log().item(), std=SIGMA, generator=random)
+    drawn = torch.empty(count).log_normal_(
+        mean=torch.tensor(MEDIAN).log().item(), std=SIGMA, generator=random
+    )
     return [int(x) for x in drawn.clamp(16, longest)]
 
 
@@ -148,7 +149,10 @@ def document(shape: Shape, text: int, tiles: int, random: torch.Generator) -> Ro
     spans, media = (), {}
     if tiles:
         pixels = torch.randint(0, 256, (tiles, 3, side, side), generator=random, dtype=torch.uint8)
-        spans, media = (Span(media="image", start=0, length=pictures, first=0, items=tiles),), {"image": MediaBatch(pixels)}
+        spans, media = (
+            (Span(media="image", start=0, length=pictures, first=0, items=tiles),),
+            {"image": MediaBatch(pixels)},
+        )
     doc_T = torch.zeros(T, dtype=torch.int32)
     kind_T = torch.zeros(T, dtype=torch.int8)
     kind_T[:pictures] = IMAGE
@@ -215,7 +219,9 @@ def features(ids: Tensor, width: int) -> Tensor:
     return torch.full((*ids.shape, width), 0.02)
 
 
-def step_ours(model: CausalVLM, optimizer: torch.optim.Optimizer | None, rows: Sequence[Row], dtype: torch.dtype) -> float:
+def step_ours(
+    model: CausalVLM, optimizer: torch.optim.Optimizer | None, rows: Sequence[Row], dtype: torch.dtype
+) -> float:
     """One step on the documents as one pack; returns the mean loss of its learned tokens."""
     pack = Row.pack(rows)
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
@@ -240,7 +246,9 @@ def padded(shape: Shape, rows: Sequence[Row], *, grouped: bool) -> Iterator[dict
         longest = max(map(len, group))
 
         def fill(name: str, value: int, group: list[Row] = group, longest: int = longest) -> Tensor:
-            return torch.stack([F.pad(getattr(row, name), (0, longest - len(row)), value=value) for row in group])
+            return torch.stack(
+                [F.pad(getattr(row, name), (0, longest - len(row)), value=value) for row in group]
+            )
 
         # transformers shifts labels itself: undo our shift.
         labels = torch.stack(
@@ -301,7 +309,9 @@ def compare_steps(shape: Shape, dtype: torch.dtype, *, cached: bool) -> list[dic
         c = step_theirs(theirs, None, shape, first, dtype, cached=cached, grouped=True)
     bound = 1e-4 if dtype == torch.float32 else 2e-2
     if max(abs(a - b), abs(a - c)) > bound * abs(a):
-        raise SystemExit(f"{shape.name}: cross-entropy {a:.6f}, padded {b:.6f}, grouped {c:.6f}: not the same work")
+        raise SystemExit(
+            f"{shape.name}: cross-entropy {a:.6f}, padded {b:.6f}, grouped {c:.6f}: not the same work"
+        )
     mine, yours = adamw(ours), adamw(theirs)
     packs = iter(range(10_000))
     tokens = {"n": 0}
@@ -376,7 +386,9 @@ def cross_entropy_memory(*, rows: int = 4096, width: int = 896, vocabulary: int 
 
 def main(arguments: Iterable[str] | None = None) -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--toy", action="store_true")
     parser.add_argument("--only", default="", help="rows whose name contains this")
@@ -387,7 +399,13 @@ def main(arguments: Iterable[str] | None = None) -> None:
         for dtype in (torch.float32, torch.bfloat16):
             for cached in (True, False):
                 rows += compare_steps(shape, dtype, cached=cached)
-                print(rows[-2]["name"], round(rows[-2]["ratio"], 2), "grouped", round(rows[-1]["ratio"], 2), flush=True)
+                print(
+                    rows[-2]["name"],
+                    round(rows[-2]["ratio"], 2),
+                    "grouped",
+                    round(rows[-1]["ratio"], 2),
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

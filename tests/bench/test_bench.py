@@ -108,7 +108,12 @@ def test_startup_times_a_process(script) -> None:
 
 def test_pages_hold_the_tables_of_the_results(script) -> None:
     measure, quality = script("measure"), script("quality")
-    for page, names in {measure.README: measure.ORDER, measure.SPEED_PAGE: measure.SPEED}.items():
+    pages = {
+        measure.README: measure.ORDER,
+        measure.SPEED_PAGE: measure.SPEED,
+        measure.WORLDS_PAGE: ("worlds",),
+    }
+    for page, names in pages.items():
         kept = measure.kept_results(names)
         assert kept
         assert measure.table(kept) in page.read_text(encoding="utf-8")
@@ -158,3 +163,15 @@ def test_the_peer_of_openvino_is_optional(script) -> None:
     assert [row["name"] for row in result["rows"] if "ratio" in row] == names[12:]
     assert all(found["graph"] < 1e-3 for found in result["distances"].values())
     assert "not run" in result["remark"]
+
+
+def test_worlds_are_timed_and_shown(script, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("CHIASM_DATA", str(tmp_path / "no assets"))
+    worlds = script("worlds")
+    rows = worlds.measure(repeats=2, share=0.01)["rows"]
+    assert {"world scenes, 64 px", "world charts, 320 to 640 px"} <= {row["name"] for row in rows}
+    for row in rows:
+        assert row["ours"]["min"] > 0
+        assert ("ok" in row) == bool(row["required"])
+    worlds.sheet(tmp_path / "all.png")
+    assert (tmp_path / "all.png").stat().st_size > 10_000

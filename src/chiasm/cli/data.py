@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from chiasm.cli.data_build import build_command
 from chiasm.cli.data_convert import convert_data_command
 from chiasm.cli.data_filter import filter_command
 from chiasm.cli.data_pack import pack_command
@@ -232,6 +233,7 @@ def stats_command(
 data_app.command("lint")(lint_command)
 data_app.command("stats")(stats_command)
 data_app.command("pack")(pack_command)
+data_app.command("build")(build_command)
 data_app.command("convert")(convert_data_command)
 data_app.command("filter")(filter_command)
 

@@ -7,6 +7,7 @@ one line which package provides it. Nothing here is shipped with Chiasm and noth
 Prepared files (shapes: N images, H rows, W columns):
   ``cifar10.npz``  ``images`` (10000, 32, 32, 3) uint8, ``labels`` (10000,) int64, ``names`` (10,) str
   ``fashion.npz``  ``train_images`` (60000, 28, 28) uint8, ``train_labels``, ``test_images`` (10000, 28, 28), ...
+  ``emoji.npz``    named drawings in several styles, ``photos.npz``  photographs: see ``worlds.art_assets``
   ``fonts/*``      every font file of the packages in FONT_PACKAGES, for the word world
   ``assets.json``  for each source archive: name, sha256, licence note
 
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import functools
 import gzip
 import hashlib
 import io
@@ -37,6 +39,7 @@ import numpy as np
 from PIL import Image
 
 from chiasm.errors import DataError
+from chiasm.worlds.art_assets import ART, NAMES_PACKAGE, PHOTOS, prepare_emoji, prepare_photos
 
 __all__ = ["FONT_PACKAGES", "assets_dir", "has_asset", "load_arrays", "prepare"]
 
@@ -78,6 +81,14 @@ _REMEDY = {
         "Fashion-MNIST is not prepared: run `apt-get download dataset-fashion-mnist` in DIR, then "
         "`python -m chiasm.worlds.assets DIR`"
     ),
+    "emoji": (
+        "named drawings are not prepared: run `npm pack emojibase-data` and `apt-get download "
+        "fonts-noto-color-emoji` in DIR (more styles: docs/worlds.md), then `python -m chiasm.worlds.assets DIR`"
+    ),
+    "photos": (
+        "photographs are not prepared: run `pip download scikit-image --no-deps -d DIR` or `apt-get download "
+        "opencv-doc` in DIR, then `python -m chiasm.worlds.assets DIR`"
+    ),
 }
 
 
@@ -101,12 +112,12 @@ def assets_dir(folder: str | Path | None = None) -> Path:
 
 
 def has_asset(name: str, folder: str | Path | None = None) -> bool:
-    """Say whether ``name`` ("cifar10" or "fashion") has been prepared in ``assets_dir(folder)``."""
+    """Say whether ``name`` ("cifar10", "fashion", "emoji" or "photos") has been prepared in ``assets_dir(folder)``."""
     return (assets_dir(folder) / f"{name}.npz").is_file()
 
 
 def load_arrays(name: str, folder: str | Path | None = None) -> dict[str, np.ndarray]:
-    """Read the prepared arrays of ``name`` ("cifar10" or "fashion").
+    """Read the prepared arrays of ``name`` ("cifar10", "fashion", "emoji" or "photos").
 
     Raises:
         DataError: nothing has been prepared under that name (the message says which package has it and how to
@@ -129,7 +140,7 @@ def prepare(source_dir: str | Path, folder: str | Path | None = None) -> dict[st
     supported build). Files already prepared are kept, so calling again is cheap.
 
     Returns:
-        name -> prepared path for "cifar10", "fashion" and "fonts", as far as they exist afterwards.
+        name -> prepared path for "cifar10", "fashion", "emoji", "photos" and "fonts", as far as they exist afterwards.
 
     Raises:
         DataError: ``source_dir`` holds none of the known archives, or an archive is damaged.
@@ -143,6 +154,16 @@ def prepare(source_dir: str | Path, folder: str | Path | None = None) -> dict[st
             "fonts",
             [deb for name in FONT_PACKAGES for deb in sorted(source.glob(f"{name}_*.deb"))],
             _prepare_fonts,
+        ),
+        ("photos", [path for pattern in PHOTOS for path in sorted(source.glob(pattern))], _prepare_photos),
+        (
+            "emoji",  # the last one, because it may ask for an extra
+            [
+                path
+                for pattern in (NAMES_PACKAGE, *(pattern for pattern, _ in ART.values()))
+                for path in sorted(source.glob(pattern))
+            ],
+            _prepare_emoji,
         ),
     ]
     if not any(archives for _, archives, _ in jobs):
@@ -218,6 +239,14 @@ def _prepare_fonts(archives: list[Path], path: Path) -> str:
     return "free fonts, each under the licence of its Debian package (Bitstream Vera, OFL, GPL with font exception)"
 
 
+def _prepare_emoji(archives: list[Path], path: Path) -> str:
+    return prepare_emoji(archives, functools.partial(_save, path), _deb_paths)
+
+
+def _prepare_photos(archives: list[Path], path: Path) -> str:
+    return prepare_photos(archives, functools.partial(_save, path), _deb_paths)
+
+
 # --- archives -------------------------------------------------------------------------------------------------
 
 
@@ -232,7 +261,12 @@ def _opened(archive: Path) -> Iterator[tarfile.TarFile]:
 
 
 def _deb_members(deb: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:
-    """Yield (base name, content) of the wanted regular files of a Debian package, without dpkg.
+    """Yield (base name, content) of the wanted regular files of a Debian package, without dpkg; see ``_deb_paths``."""
+    return ((PurePosixPath(name).name, data) for name, data in _deb_paths(deb, wanted))
+
+
+def _deb_paths(deb: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:
+    """Yield (path, content) of the wanted regular files of a Debian package, without dpkg.
 
     A .deb is an ``ar`` archive: an 8-byte magic, then for each member a 60-byte header (name in the first 16 bytes,
     decimal size in bytes 48..58) and its content padded to an even length. The files are in ``data.tar.*``.
@@ -254,7 +288,7 @@ def _deb_members(deb: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str
                 for member in tar:
                     stream = tar.extractfile(member) if member.isreg() and wanted(member.name) else None
                     if stream is not None:
-                        yield PurePosixPath(member.name).name, stream.read()
+                        yield member.name, stream.read()
         except _DAMAGE as error:
             raise DataError(f"{deb} is damaged ({error}): download it again") from error
         return

@@ -1,11 +1,11 @@
 """What a world is: a deterministic, randomly accessible source of picture questions with exact answers.
 
 ``World.sample(index)`` depends on (family, split, seed, index) only: not on what was sampled before, not on the
-process. ``write_jsonl`` writes the InternVL layout (``papers/internvl2_5.md`` section 3.1: a meta JSON over JSONL
-files whose lines hold ``image`` and ``conversations``); ``build_cache`` renders once into arrays, so that drawing
-stays off the training path.
+process. A picture may have any size, a clip is a picture with an axis of frames in front, and one sample may hold
+several questions. ``things`` gives the boxes and masks behind a picture. ``build_cache`` renders pictures of one size
+into arrays, so that drawing stays off the training path; ``worlds.writers`` writes the public formats.
 
-Shape legend: N samples, S pixels a side (64 unless said otherwise); images are uint8 RGB, row 0 on top.
+Shape legend: N samples, F frames, H x W pixels (64 x 64 unless said otherwise); uint8 RGB, row 0 on top.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ __all__ = [
     "SIZE",
     "SPLITS",
     "Sample",
+    "Thing",
     "World",
     "build_cache",
     "cached",
     "load_cache",
     "resize_square",
-    "write_jsonl",
 ]
 
 #: Side of every native picture in pixels: one tile of chiasm-mini.
@@ -42,16 +42,33 @@ SPLITS = ("train", "dev", "test")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Sample:
-    """One question about one picture.
+class Thing:
+    """One object of a picture.
 
     Attributes:
-        image: (S, S, 3) uint8 RGB.
+        label: its category, e.g. "red circle" or "bar".
+        box: (x0, y0, x1, y1) in pixels around what can be seen of it; x1 and y1 are exclusive.
+        mask: (H, W) bool, what can be seen of it; None where the world knows boxes only.
+    """
+
+    label: str
+    box: tuple[int, int, int, int]
+    mask: np.ndarray | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Sample:
+    """One picture or clip, and one or more questions about it.
+
+    Attributes:
+        image: (H, W, 3) uint8 RGB; of a clip (F, H, W, 3).
         question: what the user asks, without image placeholder.
-        answer: the exact answer, lower case, without full stop.
-        family: name of the world ("cifar10", "fashion", "words", "counting").
+        answer: the exact answer, without full stop (lower case where it is a word of ours, not of the picture).
+        family: name of the world ("cifar10", "words", "scenes", "charts", ...).
         key: identifies the picture for ever, e.g. "words/train/0/17".
         meta: ground truth beyond the answer (class id, count, objects, font, ...), JSON-serialisable.
+        more: further (question, answer) pairs about the same picture, in order.
+        fps: frames a second of a clip; 0 for a picture.
     """
 
     image: np.ndarray
@@ -60,20 +77,42 @@ class Sample:
     family: str
     key: str
     meta: dict[str, Any] = field(default_factory=dict)
+    more: tuple[tuple[str, str], ...] = ()
+    fps: float = 0.0
+
+    @property
+    def is_clip(self) -> bool:
+        """Whether ``image`` has an axis of frames."""
+        return self.image.ndim == 4
+
+    @property
+    def rounds(self) -> tuple[tuple[str, str], ...]:
+        """All (question, answer) pairs, the first one included."""
+        return ((self.question, self.answer), *self.more)
 
     def picture(self) -> Image.Image:
-        """Return the image as a PIL picture in mode RGB."""
-        return Image.fromarray(self.image)
+        """Return the image (of a clip: its first frame) as a PIL picture in mode RGB."""
+        return Image.fromarray(self.image[0] if self.is_clip else self.image)
+
+    def frames(self) -> list[Image.Image]:
+        """Return the frames of a clip as PIL pictures; a picture is its only frame."""
+        return [Image.fromarray(frame) for frame in (self.image if self.is_clip else self.image[None])]
 
     def to_message(self, *, answered: bool = True) -> list[dict[str, Any]]:
-        """Return the conversation in the public message format (picture first, then the question).
+        """Return the conversation in the public message format (picture or video first, then the question).
 
-        With ``answered=False`` the assistant's turn is left out, as for inference.
+        With ``answered=False`` everything after the first question is left out, as for inference.
         """
-        user = [{"type": "image", "image": self.picture()}, {"type": "text", "text": self.question}]
+        medium: dict[str, Any] = {"type": "image", "image": self.picture()} if not self.is_clip else {}
+        if self.is_clip:
+            medium = {"type": "video", "video": self.frames(), "folder_fps": self.fps}
+        user = [medium, {"type": "text", "text": self.question}]
         turns: list[dict[str, Any]] = [{"role": "user", "content": user}]
         if answered:
             turns.append({"role": "assistant", "content": [{"type": "text", "text": self.answer}]})
+            for question, answer in self.more:
+                turns.append({"role": "user", "content": [{"type": "text", "text": question}]})
+                turns.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
         return turns
 
 
@@ -105,6 +144,11 @@ class World:
     def sample(self, index: int) -> Sample:
         """Return sample ``index`` (0 ≤ index < len)."""
         raise NotImplementedError
+
+    def things(self, index: int) -> list[Thing]:
+        """Return the objects behind sample ``index``; a world that knows no boxes has none."""
+        self.checked(index)
+        return []
 
     def __iter__(self) -> Iterator[Sample]:
         return (self.sample(index) for index in range(len(self)))
@@ -146,71 +190,35 @@ class World:
         return f"{self.family}/{self.split}/{self.seed}/{index}"
 
 
-def write_jsonl(world: World, folder: str | Path, n: int | None = None) -> Path:
-    """Write the first ``n`` samples as PNG files, one JSONL and the meta JSON of InternVL; return the meta's path.
-
-    Layout: ``<family>_<split>.json`` (meta), ``<family>_<split>.jsonl``, ``images/<family>_<split>/00000.png``.
-    Paths in the meta are relative to the meta file's folder.
-
-    Raises:
-        DataError: ``n`` is not between 1 and the world's length.
-    """
-    count = len(world) if n is None else n
-    if not 1 <= count <= len(world):
-        raise DataError(f"cannot write {count} samples of {world.family}/{world.split}: it has {len(world)}")
-    root, name = Path(folder), f"{world.family}_{world.split}"
-    (root / "images" / name).mkdir(parents=True, exist_ok=True)
-    lines = []
-    for index in range(count):
-        sample = world.sample(index)
-        relative = f"images/{name}/{index:05d}.png"
-        sample.picture().save(root / relative)
-        row = {
-            "id": sample.key,
-            "image": relative,
-            "width": sample.image.shape[1],
-            "height": sample.image.shape[0],
-            "conversations": [
-                {"from": "human", "value": f"<image>\n{sample.question}"},
-                {"from": "gpt", "value": sample.answer},
-            ],
-        }
-        lines.append(json.dumps(row, ensure_ascii=False))
-    (root / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    meta = {
-        name: {
-            "root": ".",
-            "annotation": f"{name}.jsonl",
-            "data_augment": False,
-            "repeat_time": 1,
-            "length": count,
-        }
-    }
-    path = root / f"{name}.json"
-    path.write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
-    return path
-
-
 def build_cache(world: World, n: int | None, out: str | Path, *, start: int = 0) -> Path:
     """Render samples ``start .. start + n`` of a world into one ``.npz``; return its path.
 
-    Arrays: ``images`` (N, S, S, 3) uint8 · ``question_ids`` (N,) int64 into ``questions`` (Q,) str · ``answers``
-    (N,) str · ``keys`` (N,) str · ``meta`` (N,) str, one JSON object each · ``manifest`` () str, JSON.
+    Arrays: ``images`` (N, H, W, 3) uint8, clips (N, F, H, W, 3) · ``question_ids`` (N,) int64 into ``questions``
+    (Q,) str · ``answers`` (N,) str · ``keys`` (N,) str · ``meta`` (N,) str, one JSON object each · ``manifest`` ()
+    str, JSON · where a sample has further questions also ``more`` (N,) str, each a JSON list of pairs.
 
     Raises:
-        DataError: the range is not inside the world.
+        DataError: the range is not inside the world, or its pictures differ in size.
     """
     count = len(world) - start if n is None else n
     if count < 1 or start < 0 or start + count > len(world):
         raise DataError(
             f"{world.family}/{world.split} has {len(world)} samples, no range {start}..{start + count}"
         )
-    images = np.empty((count, SIZE, SIZE, 3), np.uint8)
+    images = np.empty((0,), np.uint8)
     table: dict[str, int] = {}
-    question_ids, answers, keys, meta = np.empty(count, np.int64), [], [], []
+    question_ids, answers, keys, meta, more = np.empty(count, np.int64), [], [], [], []
     for row in range(count):
         sample = world.sample(start + row)
+        if row == 0:
+            images = np.empty((count, *sample.image.shape), np.uint8)
+        if sample.image.shape != images.shape[1:]:
+            raise DataError(
+                f"{sample.key} has the shape {sample.image.shape}, those before it {images.shape[1:]}: a cache "
+                "holds one size; fix the world's size or write it with worlds.write_jsonl"
+            )
         images[row] = sample.image
+        more.append(json.dumps(sample.more))
         question_ids[row] = table.setdefault(sample.question, len(table))
         answers.append(sample.answer)
         keys.append(sample.key)
@@ -218,6 +226,7 @@ def build_cache(world: World, n: int | None, out: str | Path, *, start: int = 0)
     path = Path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
+    extra = {"more": np.array(more)} if any(text != "[]" for text in more) else {}
     with partial.open("wb") as stream:
         np.savez(
             stream,
@@ -228,6 +237,7 @@ def build_cache(world: World, n: int | None, out: str | Path, *, start: int = 0)
             keys=np.array(keys),
             meta=np.array(meta),
             manifest=np.array(json.dumps(world.manifest() | {"start": start, "count": count})),
+            **extra,  # pyright: ignore[reportArgumentType] (numpy's stub of **kwds)
         )
     partial.replace(path)
     return path

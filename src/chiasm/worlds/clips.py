@@ -1,0 +1,389 @@
+"""Clips: sprites that move, appear, vanish and blink over a still background, with questions about time.
+
+Sprites are drawn shapes (divided among the splits as in ``worlds.scenes``), named drawings (asset "emoji", as in
+``worlds.clipart``) or photographs of CIFAR-10 (asset "cifar10"); backgrounds are drawn or photographs (asset "photos").
+Every object has a band or a cell of its own, so nothing is ever hidden by anything else.
+
+Kinds: ``direction`` (left, right, up, down or not at all), ``speed`` (which of two is faster), ``first`` and ``last``
+(which appears so), ``order`` (does one appear before the other), ``gone`` (which vanishes first), ``count`` (how
+often one blinks). The answer is drawn first, evenly, then a clip for it.
+
+Frame: pixels, origin at the top left corner, y down; boxes (x0, y0, x1, y1) with exclusive ends. Frame f is shown at
+f / fps seconds.
+
+Shape legend: F frames, H x W pixels, h x w of a sprite.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from chiasm.errors import DataError
+from chiasm.worlds.cifar10 import ANSWERS, CifarWorld
+from chiasm.worlds.clipart import drawings_of, photo_crop, resize_drawing
+from chiasm.worlds.scenes import pairs_of, pixels_of
+from chiasm.worlds.sprites import (
+    ANGLES,
+    COLOURS,
+    TEXTURES,
+    background,
+    box_of,
+    paste,
+    shape_alpha,
+    sprite_colours,
+)
+from chiasm.worlds.world import Sample, Thing, World, resize_square
+
+__all__ = ["DIRECTIONS", "QUESTIONS", "ClipsWorld"]
+
+QUESTIONS = ("direction", "speed", "first", "last", "order", "gone", "count")
+DIRECTIONS = ("left", "right", "up", "down", "not at all")
+TIMES = ("zero", "one", "two", "three", "four")
+#: The faster of two moves at least this many times as far.
+_FASTER = 1.8
+
+_WORDINGS: dict[str, tuple[str, ...]] = {
+    "direction": (
+        "In which direction does the {a} move?",
+        "Where does the {a} move to: left, right, up, down?",
+    ),
+    "speed": ("Which moves faster, the {a} or the {b}?", "Which is faster: the {a} or the {b}?"),
+    "first": ("What appears first?", "Which object comes into view first?"),
+    "last": ("What appears last?", "Which object comes into view last?"),
+    "order": ("Does the {a} appear before the {b}?",),
+    "gone": ("What disappears first?", "Which object vanishes first?"),
+    "count": ("How many times does the {a} disappear?", "How often does the {a} vanish?"),
+}
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class _Mover:
+    """One object: its sprite and, for every frame, where its cell begins and whether it is to be seen."""
+
+    name: str
+    alpha: np.ndarray  # (h, w) 0..1
+    colours: np.ndarray  # (3,) or (h, w, 3)
+    tone: np.ndarray  # (3,) what the background should be far from
+    facts: dict[str, Any]
+    path: list[tuple[int, int]]
+    seen: list[bool]
+
+
+class ClipsWorld(World):
+    """Questions about short clips.
+
+    Args:
+        split: "train", "dev" or "test".
+        seed: changes the clips.
+        size: number of samples (default 5,000 for train, 1,000 else).
+        pixels: side or (width, height), at least 48.
+        frames: number of frames, or the least and the largest number: 8..32.
+        fps: frames a second that a clip claims to have.
+        questions: kinds, asked in turn.
+        sprites: "shapes", "drawings" or "cifar10".
+        photos: share of clips on a photograph, 0..1.
+        folder: where the prepared assets are.
+
+    Raises:
+        DataError: unknown kind, numbers out of range, or an asset has not been prepared.
+    """
+
+    family = "clips"
+
+    def __init__(
+        self,
+        split: str,
+        *,
+        seed: int = 0,
+        size: int | None = None,
+        pixels: int | Sequence[int] = 64,
+        frames: int | Sequence[int] = 8,
+        fps: float = 4.0,
+        questions: Sequence[str] = QUESTIONS,
+        sprites: Literal["shapes", "drawings", "cifar10"] = "shapes",
+        photos: float = 0.0,
+        folder: str | Path | None = None,
+    ) -> None:
+        super().__init__(split, seed=seed)
+        self.pixels = pixels_of(pixels, 48)
+        span = (frames, frames) if isinstance(frames, int) else tuple(int(k) for k in frames)
+        if len(span) != 2 or not 8 <= span[0] <= span[1] <= 32 or not 0 < fps <= 240:
+            raise DataError(f"frames={frames!r} fps={fps:g}: give 8..32 frames and a rate of at most 240")
+        self.frames, self.fps = span, float(fps)
+        self.asked = (questions,) if isinstance(questions, str) else tuple(questions)
+        unknown = [name for name in self.asked if name not in QUESTIONS]
+        if unknown or not self.asked:
+            raise DataError(f"unknown questions {unknown} of clips: choose from {', '.join(QUESTIONS)}")
+        if sprites not in ("shapes", "drawings", "cifar10"):
+            raise DataError(f"sprites={sprites!r}: choose shapes, drawings or cifar10")
+        if not 0.0 <= photos <= 1.0:
+            raise DataError(f"photos={photos}: give the share of photographic backgrounds, 0..1")
+        self.sprites, self.photos, self._folder = sprites, photos, folder
+        self.pairs = pairs_of(split)
+        self._drawings = drawings_of(split, "drawing", folder) if sprites == "drawings" else ()
+        self._cifar = CifarWorld(split, folder=folder) if sprites == "cifar10" else None
+        if photos:
+            photo_crop(split, 8, 8, self.random(0), folder)
+        self._size = size if size is not None else (5_000 if split == "train" else 1_000)
+
+    def __len__(self) -> int:
+        return self._size
+
+    def sample(self, index: int) -> Sample:
+        """Return sample ``index``, with ``image`` (F, H, W, 3).
+
+        ``meta``: ``kind``, ``about`` (numbers of the objects that the question names), ``background``, and ``objects``
+        (name, facts, and ``boxes``: for every frame the box around what is seen of it, or null).
+        """
+        i = self.checked(index)
+        rng = self.random(i)
+        movers, kind, about, names, answer = self._plan(i, rng)
+        still, facts = self._ground(movers, rng)
+        clip = np.empty((len(movers[0].path), *still.shape), np.uint8)
+        clip[:] = np.clip(still + 0.5, 0, 255).astype(np.uint8)
+        for f in range(len(clip)):
+            seen = [mover for mover in movers if mover.seen[f]]
+            if seen:
+                image = still.copy()
+                for mover in seen:
+                    paste(image, mover.alpha, mover.colours, *mover.path[f])
+                clip[f] = np.clip(image + 0.5, 0, 255).astype(np.uint8)
+        wordings = _WORDINGS[kind]
+        wording = wordings[int(rng.integers(len(wordings))) if self.split == "train" else 0]
+        return Sample(
+            image=clip,
+            question=wording.format(**names),
+            answer=answer,
+            family=self.family,
+            key=self.key(i),
+            fps=self.fps,
+            meta={
+                "kind": kind,
+                "about": about,
+                "background": facts,
+                "objects": [{"name": m.name, **m.facts, "boxes": _boxes(m)} for m in movers],
+            },
+        )
+
+    def things(self, index: int) -> list[Thing]:
+        """Return the objects of the first frame in which each is seen, with boxes of that frame."""
+        i = self.checked(index)
+        movers, *_ = self._plan(i, self.random(i))
+        found = [(mover.name, next((box for box in _boxes(mover) if box), None)) for mover in movers]
+        return [Thing(label=name, box=(b[0], b[1], b[2], b[3])) for name, b in found if b is not None]
+
+    def manifest(self) -> dict[str, Any]:
+        """Return the base facts and all options."""
+        return super().manifest() | {
+            "pixels": list(self.pixels),
+            "frames": list(self.frames),
+            "fps": self.fps,
+            "questions": list(self.asked),
+            "sprites": self.sprites,
+            "photos": self.photos,
+        }
+
+    # --- one clip -------------------------------------------------------------------------------------------
+
+    def _plan(
+        self, index: int, rng: np.random.Generator
+    ) -> tuple[list[_Mover], str, list[int], dict[str, str], str]:
+        """Return the objects with their paths, the kind, whom it is about, the names it says, and the answer."""
+        block, place = divmod(index, len(self.asked))
+        kind = self.asked[int(self.random(block, "kinds").permutation(len(self.asked))[place])]
+        count = int(rng.integers(self.frames[0], self.frames[1] + 1))
+        if kind == "direction":
+            return self._direction(count, rng)
+        if kind == "speed":
+            return self._speed(count, rng)
+        if kind == "count":
+            return self._blinks(count, rng)
+        return self._appearances(kind, count, rng)
+
+    def _direction(
+        self, count: int, rng: np.random.Generator
+    ) -> tuple[list[_Mover], str, list[int], dict[str, str], str]:
+        wanted = DIRECTIONS[int(rng.integers(len(DIRECTIONS)))]
+        lying = wanted in ("left", "right") if wanted != "not at all" else bool(rng.integers(2))
+        number = 1 + int(rng.integers(3))
+        asked = int(rng.integers(number))
+        movers = []
+        for k in range(number):
+            mover = self._sprite(self._side(number, rng), rng, movers)
+            way = 0 if wanted == "not at all" else (1 if wanted in ("right", "down") else -1)
+            if k != asked:
+                way = int(rng.integers(-1, 2))
+            self._along(mover, k, number, lying, way, float(rng.uniform(0.6, 1.0)), count, rng)
+            movers.append(mover)
+        return movers, "direction", [asked], {"a": movers[asked].name}, wanted
+
+    def _speed(
+        self, count: int, rng: np.random.Generator
+    ) -> tuple[list[_Mover], str, list[int], dict[str, str], str]:
+        lying, number = bool(rng.integers(2)), 2 + int(rng.integers(2))
+        fast, slow = (int(k) for k in rng.permutation(number)[:2])
+        side = self._side(number, rng)
+        movers = []
+        far = float(rng.uniform(0.7, 1.0))
+        for k in range(number):
+            mover = self._sprite(side, rng, movers)
+            share = far if k == fast else far / float(rng.uniform(_FASTER, 3.0))
+            self._along(mover, k, number, lying, 1 if rng.random() < 0.5 else -1, share, count, rng)
+            movers.append(mover)
+        first, second = (fast, slow) if rng.random() < 0.5 else (slow, fast)
+        names = {"a": movers[first].name, "b": movers[second].name}
+        return movers, "speed", [first, second], names, movers[fast].name
+
+    def _blinks(
+        self, count: int, rng: np.random.Generator
+    ) -> tuple[list[_Mover], str, list[int], dict[str, str], str]:
+        most = min(4, (count - 1) // 2)
+        number = 1 + int(rng.integers(3))
+        movers = self._cells(number, count, rng)
+        asked = int(rng.integers(number))
+        answer = 0
+        for k, mover in enumerate(movers):
+            times = int(rng.integers(0 if k != asked else 1, most + 1))
+            mover.seen = _blinking(times, count, rng)
+            answer = times if k == asked else answer
+        return movers, "count", [asked], {"a": movers[asked].name}, TIMES[answer]
+
+    def _appearances(
+        self, kind: str, count: int, rng: np.random.Generator
+    ) -> tuple[list[_Mover], str, list[int], dict[str, str], str]:
+        number = 2 + int(rng.integers(3))
+        movers = self._cells(number, count, rng)
+        # The frame of each event: all different, none in the first or last frame.
+        events = sorted(int(f) + 1 for f in rng.permutation(count - 2)[:number])
+        order = [int(k) for k in rng.permutation(number)]
+        for frame, k in zip(events, order, strict=True):
+            movers[k].seen = [f < frame if kind == "gone" else f >= frame for f in range(count)]
+        if kind == "order":
+            yes = bool(rng.integers(2))
+            a, b = sorted(int(k) for k in rng.permutation(number)[:2])
+            first, second = (order[a], order[b]) if yes else (order[b], order[a])
+            names = {"a": movers[first].name, "b": movers[second].name}
+            return movers, kind, [first, second], names, "yes" if yes else "no"
+        chosen = order[-1] if kind == "last" else order[0]
+        return movers, kind, [chosen], {}, movers[chosen].name
+
+    # --- objects --------------------------------------------------------------------------------------------
+
+    def _side(self, number: int, rng: np.random.Generator) -> int:
+        """The side of sprites that share the picture in ``number`` bands."""
+        return max(9, round(min(self.pixels) * float(rng.uniform(0.20, 0.27 if number < 3 else 0.25))))
+
+    def _sprite(self, side: int, rng: np.random.Generator, others: list[_Mover]) -> _Mover:
+        """Choose an object whose name no other one has."""
+        while True:
+            facts: dict[str, Any] = {}
+            if self.sprites == "drawings":
+                drawing = self._drawings[int(rng.integers(len(self._drawings)))]
+                name, rgba = drawing.name, resize_drawing(drawing, side)
+                alpha, colours = rgba[..., 3] / np.float32(255.0), rgba[..., :3]
+                facts = {"style": drawing.style, "source": drawing.source}
+            elif self._cifar is not None:
+                images, labels = self._cifar.arrays()
+                row = int(rng.integers(len(labels)))
+                name = ANSWERS[self._cifar.names[int(labels[row])]]
+                colours = resize_square(images[row], side).astype(np.float32)
+                alpha = np.ones((side, side), np.float32)
+                facts = {"row": int(self._cifar.rows_N[row])}
+            else:
+                shape, colour = self.pairs[int(rng.integers(len(self.pairs)))]
+                angle = ANGLES[shape][int(rng.integers(len(ANGLES[shape])))]
+                texture = TEXTURES[max(0, int(rng.integers(-1, len(TEXTURES))))]
+                name, alpha = f"{colour} {shape}", shape_alpha(shape, side, side, angle)
+                base = np.array(COLOURS[colour], np.float32)
+                fill = sprite_colours(base, texture, side, side, int(rng.integers(3)))
+                colours = base if fill is None else fill
+                facts = {"texture": texture}
+            if all(other.name != name for other in others):
+                tone = colours if colours.ndim == 1 else colours[alpha >= 0.5].mean(0)
+                return _Mover(
+                    name=name, alpha=alpha, colours=colours, tone=tone, facts=facts, path=[], seen=[]
+                )
+
+    def _along(
+        self,
+        mover: _Mover,
+        band: int,
+        bands: int,
+        lying: bool,
+        way: int,
+        share: float,
+        count: int,
+        rng: np.random.Generator,
+    ) -> None:
+        """Move along a band (a row if ``lying``) by ``share`` of its length, evenly; ``way`` is +1, -1 or 0."""
+        width, height = self.pixels
+        h, w = mover.alpha.shape
+        length, across = (width - w, height) if lying else (height - h, width)
+        thick = w if not lying else h
+        slack = across / bands - thick
+        beside = round(band * across / bands + float(rng.random()) * max(0.0, slack))
+        run = share * length
+        start = float(rng.uniform(0, length - run)) + (run if way < 0 else 0.0)
+        if way == 0:
+            start = float(rng.uniform(0, length))
+        for f in range(count):
+            at = round(start + way * run * f / (count - 1))
+            mover.path.append((at, beside) if lying else (beside, at))
+        mover.seen = [True] * count
+
+    def _cells(self, number: int, count: int, rng: np.random.Generator) -> list[_Mover]:
+        """Put objects into cells of a 2 x 2 grid, where each drifts by at most a few pixels."""
+        width, height = self.pixels
+        movers: list[_Mover] = []
+        for cell in (int(k) for k in rng.permutation(4)[:number]):
+            mover = self._sprite(self._side(2, rng), rng, movers)
+            h, w = mover.alpha.shape
+            ends = []
+            for _ in range(2):
+                x = (cell % 2) * width / 2 + float(rng.uniform(0, width / 2 - w))
+                y = (cell // 2) * height / 2 + float(rng.uniform(0, height / 2 - h))
+                ends.append((x, y))
+            if rng.random() < 0.5:
+                ends[1] = ends[0]
+            for f in range(count):
+                t = f / (count - 1)
+                mover.path.append(
+                    (
+                        round(ends[0][0] + t * (ends[1][0] - ends[0][0])),
+                        round(ends[0][1] + t * (ends[1][1] - ends[0][1])),
+                    )
+                )
+            mover.seen = [True] * count
+            movers.append(mover)
+        return movers
+
+    def _ground(self, movers: list[_Mover], rng: np.random.Generator) -> tuple[np.ndarray, dict[str, str]]:
+        if rng.random() < self.photos:
+            return photo_crop(self.split, *self.pixels, rng, self._folder)
+        tones = [mover.tone for mover in movers] if self.sprites == "shapes" else []
+        return background(rng, *self.pixels, tones)
+
+
+def _boxes(mover: _Mover) -> list[list[int] | None]:
+    left, top, right, bottom = box_of(mover.alpha >= 0.5)
+    return [
+        [x + left, y + top, x + right, y + bottom] if seen else None
+        for (x, y), seen in zip(mover.path, mover.seen, strict=True)
+    ]
+
+
+def _blinking(times: int, count: int, rng: np.random.Generator) -> list[bool]:
+    """Be seen in the first and last frame and hidden in ``times`` separate runs of frames between."""
+    # 2 * times changes at different frames 1 .. count - 1; the last one leaves it seen.
+    changes = sorted(int(f) + 1 for f in rng.permutation(count - 1)[: 2 * times])
+    seen, now = [], True
+    for f in range(count):
+        if f in changes:
+            now = not now
+        seen.append(now)
+    return seen
