@@ -238,9 +238,11 @@ def test_dev_sets_are_scored_and_never_drawn(folder: Path) -> None:
         data, dev={"held": DatasetSpec(annotation=str(folder / "b.jsonl"), root=str(folder))}, dev_rows=4
     )
     source = held.open()
-    assert source.dev_families == ("held",) and "held" not in source.weights
+    assert source.dev_families == ("held",)
+    assert "held" not in source.weights
     rows = list(source.dev("held"))
-    assert len(rows) == 4 and all(one.labels_T is not None for one in rows)
+    assert len(rows) == 4
+    assert all(one.labels_T is not None for one in rows)
     again = list(source.dev("held"))
     assert all(
         torch.equal(a.media["image"].data, b.media["image"].data)

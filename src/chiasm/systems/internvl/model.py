@@ -33,6 +33,8 @@ class InternVLEmbedder(nn.Module):
     that share the encoder's weights must run its layers equally often.
     """
 
+    lockstep: bool = False
+
     def __init__(
         self,
         words: WordTable,
@@ -47,7 +49,6 @@ class InternVLEmbedder(nn.Module):
         self.words, self.vision, self.compress, self.connect = words, vision, compress, connect
         self.policy, self.select_layer = policy, select_layer
         self.features: FeatureCache | None = None
-        self.lockstep = False
 
     def encode(self, tiles_N3SS: Tensor) -> Tensor:
         """(N, 3, S, S) uint8 tiles -> (N, K, C) tokens."""

@@ -45,7 +45,8 @@ from chiasm.train.run import RunFolder
 from chiasm.train.sft import ChatSource, FinetuneObjective
 from chiasm.worlds import CountingWorld, World, open_world
 
-__all__ = ["debug", "mini_distill", "mini_sft", *RECIPES]  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = ["debug", "mini_distill", "mini_sft"]
+__all__ += list(RECIPES)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Callable[[], Recipe]:
