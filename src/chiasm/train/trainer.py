@@ -22,9 +22,8 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
@@ -33,8 +32,9 @@ from torch import Tensor, nn
 
 from chiasm.data.mixture import derive_seed
 from chiasm.errors import CheckpointError, ChiasmError, UsageError
+from chiasm.train.compute import Compute
 from chiasm.train.data import open_data
-from chiasm.train.feed import Feed, Loader, Part, Step, open_feed
+from chiasm.train.feed import Feed, Loader, Step, open_feed
 from chiasm.train.guard import TrainingError, Watch
 from chiasm.train.meter import Sizes, memory_mib, sizes_of
 from chiasm.train.objective import Loss
@@ -45,7 +45,7 @@ from chiasm.train.optim import (
     optimizer_tensors,
     trainable,
 )
-from chiasm.train.parallel import World, add_replicated, clip_by, gathered, is_divided, shard, total_norm
+from chiasm.train.parallel import World, gathered, is_divided, shard
 from chiasm.train.prepare import prepare
 from chiasm.train.progress import Progress
 from chiasm.train.recipe import Recipe, difference, resolved
@@ -156,7 +156,6 @@ class Trainer:
         self.step = 0
         self.scores: dict[str, float] = {}
         self._asked = self._stop = False
-        self._barren = 0
         self._feed_state = self.feed.state()
         if run.checkpoints():
             self._restore()
@@ -183,6 +182,9 @@ class Trainer:
         about = getattr(self.feed, "about", None)
         if about is not None:
             self._say(about(recipe.steps))
+        compute = Compute(
+            recipe, self.world, self.model, self.objective, self.feed, self.parameters, self.workers
+        )
         self.feed.restore(self._feed_state)  # an earlier call may have planned further
         loader = Loader(
             self.feed,
@@ -200,7 +202,7 @@ class Trainer:
             steps = iter(loader)
             while self.step < last and not self._stop:
                 data = self._next(steps)
-                row = self._train_step(data)
+                row = self._train_step(compute, data)
                 self.step += 1
                 self._feed_state = data.state
                 if self.step % recipe.log_every == 0 or self.step == recipe.steps or "loss" not in row:
@@ -232,7 +234,7 @@ class Trainer:
         assert isinstance(data, Step)
         return data
 
-    def _train_step(self, data: Step) -> dict[str, Any]:
+    def _train_step(self, compute: Compute, data: Step) -> dict[str, Any]:
         """One optimiser step; returns its row of metrics (step counted from 1)."""
         recipe, step, started, worked = self.recipe, self.step, time.perf_counter(), time.process_time()
         rate = recipe.optim.lr * recipe.schedule.factor(step, recipe.steps)
@@ -240,16 +242,12 @@ class Trainer:
             group["lr"] = rate * group["scale"]
         self.model.train()
         self.objective.train()
-        parts, real = self._whole(data)
+        parts, real = compute.whole(data)
         if not parts:
             self._say(f"step {step + 1} skipped: none of its samples can be used")
             return {"step": step + 1, "skipped": "no sample can be used"}
-        denominators = self._denominators(parts, real)
-        losses = (
-            self._together(parts, denominators)
-            if self.workers > 1
-            else self._in_turn(parts, real, denominators)
-        )
+        denominators = compute.denominators(parts, real)
+        losses = compute.run(step, parts, real, denominators)
         sizes = sum((sizes_of(part.batch) for part, there in zip(parts, real, strict=True) if there), Sizes())
         told = self.world.share((_plain(losses), sizes, self._asked))
         self._stop = any(stop for _, _, stop in told)
@@ -257,11 +255,11 @@ class Trainer:
         # With denominators known the sums are quotients already.
         weight = max(sum(weight for _, weight, _ in sums), 1e-12) if denominators is None else 1.0
         mean = sum(total for total, _, _ in sums) / weight
-        norm = self._finish_gradients(1.0 / weight)
+        norm = compute.finish(step, 1.0 / weight)
         complaint = self.watch.complaint(mean, norm)
         row: dict[str, Any] = {"step": step + 1}
         if complaint is not None:
-            samples = self._culprits(parts, real)
+            samples = compute.culprits(parts, real)
             self.watch.decide(step + 1, complaint, samples)
             self._say(f"step {step + 1} skipped: {complaint}; worst first: {', '.join(samples[:3])}")
             row |= {"skipped": complaint, "samples": samples}
@@ -278,159 +276,6 @@ class Trainer:
             "cpu_seconds": round(time.process_time() - worked, 4),
             "memory_mib": memory_mib(self.device),
         }
-
-    def _whole(self, data: Step) -> tuple[list[Part], list[bool]]:
-        """The parts to compute, and which of them count.
-
-        Alone, those that hold anything. Processes that share layers compute equally many, so one whose part holds
-        nothing computes a part that another one counts, times zero.
-        """
-        there = [part for part in data.parts if part.batch is not None]
-        told = self.world.share([part.number for part in there])
-        missing = max(map(len, told)) - len(there)
-        if missing:
-            number = next(number for numbers in told for number in numbers)
-            handle = data.handles[number]
-            batch = self.feed.load(handle, step=data.step, part=number)
-            if batch is None:
-                raise TrainingError(
-                    f"step {data.step + 1}: part {number} can be read in one process and not in another"
-                )
-            there += [Part(number=number, handle=handle, batch=batch)] * missing
-        return there, [i < len(there) - missing for i in range(len(there))]
-
-    def _denominators(self, parts: list[Part], real: list[bool]) -> dict[str, float] | None:
-        """The whole step's weight of each part of the loss, where it has several and they are known ahead."""
-        own: dict[str, float] | None = {}
-        for part, there in zip(parts, real, strict=True):
-            known = self.objective.denominators(self.model, part.batch)
-            if known is None:
-                own = None
-                break
-            for name, weight in known.items():
-                own[name] = own.get(name, 0.0) + (weight if there else 0.0)
-        told = self.world.share(own)
-        if any(one is None for one in told):
-            return None
-        names = {name for one in told for name in one}
-        return {name: sum(one.get(name, 0.0) for one in told) for name in names} if len(names) > 1 else None
-
-    def _in_turn(
-        self, parts: list[Part], real: list[bool], denominators: dict[str, float] | None
-    ) -> list[Loss]:
-        """Add the gradients of the micro-batches, one after the other."""
-        losses = []
-        for part, there in zip(parts, real, strict=True):
-            # Dropout and DropPath draw from the global generators: the only reason why they are seeded here.
-            torch.manual_seed(derive_seed(self.recipe.seed, "step", self.step, part.number))
-            loss = self._loss(part, denominators)
-            if not there:
-                loss = Loss(total=0.0 * loss.total, weight=0.0)
-            if loss.total.requires_grad:  # not where only the projector is trained and there are no pictures
-                loss.total.backward()
-            losses.append(loss)
-        if self.world.size > 1:
-            add_replicated(self.objective.parameters(), self.world)
-        return losses
-
-    def _together(self, parts: list[Part], denominators: dict[str, float] | None) -> list[Loss]:
-        """Like ``_in_turn``, in threads: none touches a shared gradient, and the sums are made in order afterwards."""
-        parameters = list(self.parameters.values())
-
-        def part_of(part: Part) -> tuple[Loss, tuple[Tensor | None, ...]]:
-            loss = self._loss(part, denominators)
-            if not loss.total.requires_grad:
-                return loss, (None,) * len(parameters)
-            return loss, torch.autograd.grad(loss.total, parameters, allow_unused=True)
-
-        torch.manual_seed(derive_seed(self.recipe.seed, "step", self.step, 0))
-        state, versions = torch.get_rng_state(), self._buffer_versions()
-        with ThreadPoolExecutor(self.workers) as pool:
-            done = list(pool.map(part_of, parts))
-        if not torch.equal(state, torch.get_rng_state()) or versions != self._buffer_versions():
-            raise TrainingError(
-                f"{self.recipe.name} draws random numbers or keeps statistics while it trains (dropout, DropPath, "
-                "BatchNorm), in an order that threads would change: use one worker"
-            )
-        for parameter, *gradients in zip(parameters, *(gradients for _, gradients in done), strict=True):
-            there = [gradient for gradient in gradients if gradient is not None]
-            # The first may be shared with the graph's buffers (an expanded view): accumulate into a copy.
-            parameter.grad = there[0].clone(memory_format=torch.contiguous_format) if there else None
-            for gradient in there[1:]:
-                parameter.grad.add_(gradient)  # type: ignore[union-attr]
-        return [loss for loss, _ in done]
-
-    def _buffer_versions(self) -> list[int]:
-        """How often each buffer was written in place."""
-        return [b._version for module in (self.model, self.objective) for b in module.buffers()]
-
-    def _loss(self, part: Part, denominators: dict[str, float] | None = None) -> Loss:
-        """Return the loss of one micro-batch of the step."""
-        assert part.batch is not None
-        batch = part.batch.to(self.device)
-        with self._autocast():
-            loss = self.objective.loss(self.model, batch)
-        if denominators is None:
-            return loss
-        shares = [p.scale * p.total / max(denominators[name], 1e-12) for name, p in loss.parts.items()]
-        return replace(loss, total=torch.stack(shares).sum())
-
-    def _autocast(self) -> torch.autocast:
-        # Autocast keeps its casts of weights in one cache for all threads, which any thread that leaves empties: with
-        # it, in which precision the gradients of a weight used twice are added would depend on the other threads.
-        return torch.autocast(
-            self.device.type,
-            torch.bfloat16,
-            enabled=self.recipe.compute == "bfloat16",
-            cache_enabled=self.device.type != "cpu",
-        )
-
-    def _finish_gradients(self, scale: float) -> float:
-        """Turn the gradient of the sum into that of the mean, clip it, and return its norm before clipping."""
-        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        if not gradients:
-            # A step of text alone teaches a projector nothing. Ten in a row are no accident.
-            self._barren += 1
-            if self._barren >= 10:
-                raise TrainingError(
-                    f"step {self.step + 1}: for ten steps no trained parameter has received a gradient; look at "
-                    "optim.train and optim.freeze"
-                )
-            for parameter in self.parameters.values():
-                parameter.grad = torch.zeros_like(parameter)
-            return 0.0
-        self._barren = 0
-        for gradient in gradients:
-            gradient.mul_(scale)
-        norm = total_norm(gradients)
-        if self.recipe.optim.clip is not None:
-            clip_by(self.parameters.values(), self.recipe.optim.clip, norm)
-        return float(norm)
-
-    @torch.no_grad()
-    def _culprits(self, parts: list[Part], real: list[bool]) -> list[str]:
-        """The step's samples with their losses, worst first: computed again, by document where the objective can."""
-        self.model.eval()
-        self.objective.eval()
-        found: list[tuple[float, str]] = []
-        for part, there in zip(parts, real, strict=True):
-            names = self.feed.names(part.handle)
-            assert part.batch is not None
-            with self._autocast(), gathered(self.model):
-                each = self.objective.document_losses(self.model, part.batch.to(self.device))
-                if each is None or len(each) != len(names):
-                    loss = self.objective.loss(self.model, part.batch.to(self.device))
-                    mean = float(loss.total) / max(float(loss.weight), 1e-12)
-                    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-                    each, names = (
-                        torch.tensor([mean]),
-                        [f"{names[0]}{more}" if names else f"part {part.number}"],
-                    )
-            if there:
-                found += zip(each.tolist(), names, strict=True)
-        found = [pair for pairs in self.world.share(found) for pair in pairs]
-        found.sort(key=lambda pair: -math.inf if math.isnan(pair[0]) else -pair[0])
-        return [f"{name} (loss {loss:.4g})" for loss, name in found[:5]]
 
     @torch.no_grad()
     def _evaluate(self) -> None:
