@@ -204,3 +204,11 @@ class Headless(Objective):
 def test_an_objective_says_nothing_by_default():
     assert Headless().denominators(nn.Linear(1, 1), None) is None
     assert Headless().document_losses(nn.Linear(1, 1), None) is None
+
+
+def test_mixed_dtypes_need_autocast() -> None:
+    model = built()[1]
+    model.trunk.to(torch.bfloat16)
+    with pytest.raises(ConfigError, match="bfloat16 and float32, which only autocast brings together"):
+        prepare(model, debug())
+    prepare(model, replace(debug(), compute="bfloat16"))

@@ -4,6 +4,9 @@ A picture's one answer teaches a small encoder slowly; sixty-four local answers 
 like long before it can read or count. A word's letters are found by the font's own advance widths along the word's
 slanted middle line, objects by their circles; both are right to a pixel or two, and a patch has eight.
 
+Grounding scenes and charts have marks: their shape, their colour, and the box around them, so that a token knows edges
+finer than its patch.
+
 Shape legend: Q = 64 patches, row-major from the top left. Labels are -100 where a family has no such fact.
 """
 
@@ -13,17 +16,28 @@ import math
 
 import numpy as np
 
+from chiasm.worlds import sprites
+from chiasm.worlds.chart_draw import PALETTE
 from chiasm.worlds.counting import COLOURS, SHAPES
 from chiasm.worlds.fonts import load_font
 from chiasm.worlds.world import SIZE, Sample
 
-__all__ = ["FACTS", "PATCHES", "dense_facts"]
+__all__ = ["FACTS", "MARKED", "MARKS", "PATCHES", "dense_facts", "dense_marks"]
 
 PATCH = 8
 GRID = SIZE // PATCH
 PATCHES = GRID * GRID
 FACTS: dict[str, int] = {"glyph": 27, "shape": len(SHAPES) + 1, "colour": len(COLOURS) + 1}
 """Fact -> number of classes; the last class is "nothing here"."""
+
+MARKED = ("grounding", "charts")
+"""Families that have marks."""
+PAINTS = (*sprites.COLOURS, *(name for name in PALETTE if name not in sprites.COLOURS))
+MARKS: dict[str, int] = {"mark": len(sprites.SHAPES) + 1, "paint": len(PAINTS) + 1}
+"""Like `FACTS`, of marks."""
+_INK = np.array(list(PALETTE.values()), np.float32)
+_NEAR = 40.0
+"""Distance in RGB up to which a pixel of a chart has a colour of the palette."""
 
 _COLOURS = {name: i for i, name in enumerate(COLOURS)}
 _SHAPES = {name: i for i, name in enumerate(SHAPES)}
@@ -72,3 +86,47 @@ def _glyphs(sample: Sample, font: str | None, x_GG: np.ndarray, y_GG: np.ndarray
         np.searchsorted(ends[:-1], along_GG, side="right")
     ]
     return np.where(inside_GG, letter_GG, 26)
+
+
+def dense_marks(sample: Sample) -> tuple[np.ndarray, np.ndarray]:
+    """Return what is marked under the centre of every patch.
+
+    Args:
+        sample: of the grounding world (drawn shapes) or of compact charts; any other family gives no facts.
+
+    Returns:
+        facts: (2, Q) int64, shape and colour. A chart's marks have no shape: -100 throughout.
+        boxes: (Q, 4) float32, (x0, y0, x1, y1) in shares of the picture; NaN where nothing with a box is.
+    """
+    facts_FQ = np.full((len(MARKS), PATCHES), -100, np.int64)
+    boxes_QL = np.full((PATCHES, 4), np.nan, np.float32)
+    if sample.family not in MARKED:
+        return facts_FQ, boxes_QL
+    centres_G = (np.arange(GRID) + 0.5) * PATCH
+    y_Q, x_Q = (part.ravel() for part in np.meshgrid(centres_G, centres_G, indexing="ij"))
+    grounded = sample.family == "grounding"
+    facts_FQ[1] = len(PAINTS)
+    if grounded:
+        facts_FQ[0] = len(sprites.SHAPES)
+    else:
+        facts_FQ[1] = _paints(sample.image)
+    for thing in sample.meta["objects" if grounded else "marks"]:
+        if "box" not in thing:
+            continue
+        x0, y0, x1, y1 = thing["box"]
+        inside_Q = (x_Q >= x0) & (x_Q < x1) & (y_Q >= y0) & (y_Q < y1)
+        boxes_QL[inside_Q] = np.array([x0, y0, x1, y1], np.float32) / SIZE
+        if grounded:
+            facts_FQ[0, inside_Q] = sprites.SHAPES.index(thing["shape"])
+            facts_FQ[1, inside_Q] = PAINTS.index(thing["colour"])
+    return facts_FQ, boxes_QL
+
+
+def _paints(image_SS3: np.ndarray) -> np.ndarray:
+    """Return the colour of a chart's palette at the centre of every patch, the last class where there is none."""
+    middle = PATCH // 2
+    pixels_Q3 = image_SS3[middle::PATCH, middle::PATCH].reshape(-1, 3).astype(np.float32)
+    distance_QP = np.linalg.norm(pixels_Q3[:, None] - _INK[None], axis=-1)
+    names = list(PALETTE)
+    nearest_Q = np.array([PAINTS.index(names[k]) for k in distance_QP.argmin(1)])
+    return np.where(distance_QP.min(1) <= _NEAR, nearest_Q, len(PAINTS))

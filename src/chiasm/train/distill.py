@@ -1,6 +1,6 @@
 """Distil a vision teacher into a small InternViT, with supervised heads where labels are known.
 
-What: ``DistillData`` (pictures of the four worlds, with cached teacher features), ``Distill`` (the objective and its
+What: ``DistillData`` (pictures of the worlds, with cached teacher features), ``Distill`` (the objective and its
 heads) and ``StudentModel`` (InternViT + pixel unshuffle: the 16 tokens a tile that the language model will read).
 Source: the idea of Mini-InternVL (a small encoder learns a large one's features before any language training); the
 teacher here is EfficientNet-Lite0, whose last map at 128 px is the very 4 x 4 grid of the student's tokens.
@@ -8,8 +8,8 @@ teacher here is EfficientNet-Lite0, whose last map at 128 px is the very 4 x 4 g
 Everything that the heads learn must be in the 16 tokens: each token regresses the teacher's feature at its place
 (smooth L1 and cosine), their mean regresses the pooled feature and classifies photographs and garments, and small
 heads over all tokens count objects and read letters. Each of a token's four patches also says which letter, or which
-shape and colour, it shows (``train.dense``): local targets, learnt long before the global ones. The heads are thrown
-away; the encoder is kept.
+shape and colour, it shows (``train.dense``): local targets, learnt long before the global ones. Patches of grounding
+scenes and charts also say where the edges of their mark are. The heads are thrown away; the encoder is kept.
 
 Shape legend: N pictures, S = 64 pixels, P = 16 tokens, C = 4 x encoder width, D projected teacher width, L = 6 letters,
 F = 3 facts about each of Q = 64 patches.
@@ -19,27 +19,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from chiasm.data.mixture import Draw, generator
-from chiasm.errors import ConfigError, DataError
+from chiasm.errors import CheckpointError, ConfigError, DataError
 from chiasm.parts.compress.unshuffle import pixel_unshuffle
 from chiasm.parts.vision.internvit import InternViT, InternViTConfig
 from chiasm.train.augment import augment, mirror
 from chiasm.train.data import Source
-from chiasm.train.dense import FACTS, PATCHES, dense_facts
+from chiasm.train.dense import FACTS, MARKED, MARKS, PATCHES, dense_facts, dense_marks
 from chiasm.train.objective import Loss, Objective
+from chiasm.train.run import RunFolder
 from chiasm.train.vision_init import sincos_positions_, whiten_patches_
 from chiasm.worlds.assets import assets_dir
+from chiasm.worlds.charts import ChartsWorld
 from chiasm.worlds.cifar10 import CifarWorld
+from chiasm.worlds.clipart import ClipartWorld
 from chiasm.worlds.counting import CountingWorld
 from chiasm.worlds.fashion import FashionWorld
+from chiasm.worlds.grounding import GroundingWorld
 from chiasm.worlds.teacher import open_features
 from chiasm.worlds.words import MAX_LETTERS, WordsWorld, letters
 from chiasm.worlds.world import SIZE, World
@@ -52,6 +57,8 @@ __all__ = [
     "DistillSource",
     "StudentModel",
     "StudentSpec",
+    "load_vision",
+    "vision_weights",
 ]
 
 CLASSES = {"cifar10": 10, "fashion": 10, "counting": 5}
@@ -70,12 +77,14 @@ class DistillBatch:
     Attributes:
         images_NSS3: uint8.
         families: family of each picture.
-        labels_N: class id, count - 1, or -100 for words.
+        labels_N: class id, count - 1, or -100 where a picture has no one answer.
         letters_NL: letter codes, -100 for all but words.
         map_NPD: teacher's projected map, zero where unknown.
         pooled_NC: teacher's pooled feature minus its mean, zero where unknown.
         taught_N: bool, whether the teacher's features are known.
         dense_NFQ: what every patch shows, -100 where unknown.
+        marks_NFQ: shape and colour of the mark in every patch, -100 where unknown.
+        boxes_NQL: box of that mark in shares of the picture, NaN where there is none.
     """
 
     images_NSS3: Tensor
@@ -86,10 +95,12 @@ class DistillBatch:
     pooled_NC: Tensor
     taught_N: Tensor
     dense_NFQ: Tensor
+    marks_NFQ: Tensor
+    boxes_NQL: Tensor
 
     def to(self, device: torch.device | str) -> DistillBatch:
         """Return the batch on a device."""
-        names = ("images_NSS3", "labels_N", "letters_NL", "map_NPD", "pooled_NC", "taught_N", "dense_NFQ")
+        names = [field.name for field in fields(self) if field.name != "families"]
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
     def rows(self, family: str) -> Tensor:
@@ -156,6 +167,11 @@ class DistillSource:
         self.teacher, self.dev_size, self.warped = teacher, dev_size, warped
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """What drawings may show, by class; () without drawings."""
+        return getattr(self.worlds.get("clipart"), "names", ())
+
+    @property
     def sizes(self) -> Mapping[str, int]:
         """Family -> number of training pictures."""
         return {name: len(world) for name, world in self.worlds.items()}
@@ -171,9 +187,10 @@ class DistillSource:
         return (self.teacher.map_NPD.shape[-1], self.teacher.pooled_NC.shape[-1]) if self.teacher else None
 
     def fetch(self, draws: Sequence[Draw], random: torch.Generator) -> DistillBatch:
-        """Sample, mirror (not words), shift and zoom a little (``warped``), jitter brightness."""
+        """Sample, mirror (neither words nor marks), shift and zoom a little (``warped``), jitter brightness."""
         mirrored = (torch.rand(len(draws), generator=random) < 0.5).tolist()
-        mirrored = [flip and family != "words" for flip, (family, _) in zip(mirrored, draws, strict=True)]
+        kept = ("words", *MARKED)
+        mirrored = [flip and family not in kept for flip, (family, _) in zip(mirrored, draws, strict=True)]
         batch = self._collect(self.worlds, draws, mirrored)
         images_NSS3 = mirror(batch.images_NSS3, torch.tensor(mirrored))
         warped = torch.tensor([family in self.warped for family, _ in draws])
@@ -198,6 +215,8 @@ class DistillSource:
             np.zeros(n, bool),
         )
         dense = np.empty((n, len(FACTS), PATCHES), np.int64)
+        marks = np.empty((n, len(MARKS), PATCHES), np.int64)
+        boxes = np.empty((n, PATCHES, 4), np.float32)
         for i, (family, index) in enumerate(draws):
             sample = worlds[family].sample(index)
             images[i] = sample.image
@@ -206,9 +225,12 @@ class DistillSource:
             dense[i] = dense_facts(
                 sample, font=str(font) if font else None, mirrored=mirrored is not None and mirrored[i]
             )
+            marks[i], boxes[i] = dense_marks(sample)
             if family == "words":
                 spelled[i] = letters(sample.answer)
-            else:
+            elif family == "clipart":
+                labels[i] = self.names.index(sample.answer)
+            elif family not in MARKED:
                 labels[i] = sample.meta["class"] if "class" in sample.meta else sample.meta["count"] - 1
             if self.teacher is None or mirrored is None:
                 continue
@@ -224,6 +246,8 @@ class DistillSource:
             pooled_NC=torch.from_numpy(pooled),
             taught_N=torch.from_numpy(taught),
             dense_NFQ=torch.from_numpy(dense),
+            marks_NFQ=torch.from_numpy(marks),
+            boxes_NQL=torch.from_numpy(boxes),
         )
 
 
@@ -239,6 +263,10 @@ class DistillData:
     pseudo: float = 0.5
     """Share of made-up words among them."""
     counting: int = 100_000
+    names: int = 150
+    """Names of drawings; see ``worlds.clipart``."""
+    drawn: int = 100_000
+    """Training pictures each of drawings, of grounding scenes and of charts."""
     warped: tuple[str, ...] = ("cifar10",)
     """Families that are shifted and zoomed. Not garments: Fashion-MNIST centres all its pictures."""
     seed: int = 1
@@ -268,6 +296,19 @@ class DistillData:
             ),
             "counting": lambda split: CountingWorld(
                 split, seed=self.seed, size=self.counting if split == "train" else None
+            ),
+            "clipart": lambda split: ClipartWorld(
+                split,
+                seed=self.seed,
+                size=self.drawn if split == "train" else None,
+                names=self.names,
+                folder=self.folder,
+            ),
+            "grounding": lambda split: GroundingWorld(
+                split, seed=self.seed, size=self.drawn if split == "train" else None
+            ),
+            "charts": lambda split: ChartsWorld(
+                split, seed=self.seed, size=self.drawn if split == "train" else None, pixels=SIZE
             ),
         }
         chosen = [name for name, weight in self.weights.items() if weight > 0]
@@ -311,13 +352,52 @@ class StudentSpec:
 
     vision: InternViTConfig
     sincos: bool = False
+    start: str | None = None
+    """A finished run of a student of this shape, or a safetensors file of its encoder, to begin with."""
 
     def build(self) -> StudentModel:
-        """Return the student with new weights."""
+        """Return the student with new weights, or those of ``start``.
+
+        Raises:
+            CheckpointError: ``start`` is neither, or of another shape.
+        """
         model = StudentModel(self.vision)
         if self.sincos:
             sincos_positions_(model.vision.position_embedding, self.vision.grid)
+        if self.start is not None:
+            load_vision(model.vision, self.start)
         return model
+
+
+def vision_weights(source: str | Path) -> dict[str, Tensor]:
+    """Return InternViT weights by native name: of a distillation run's last checkpoint, or of a safetensors file.
+
+    Raises:
+        CheckpointError: there are none.
+    """
+    path = Path(source)
+    if path.is_dir():
+        state = RunFolder.open(path).load().weights
+        state = {name.removeprefix("vision."): t for name, t in state.items() if name.startswith("vision.")}
+    elif path.is_file():
+        state = load_file(path)
+    else:
+        raise CheckpointError(
+            f"no vision weights in {path}: run chiasm train internvl/mini_distill, then name its run folder "
+            "with --set model.vision_from=runs/…"
+        )
+    if not state:
+        raise CheckpointError(f"{path} holds no weights named vision.*: name a distillation run")
+    return state
+
+
+def load_vision(vision: nn.Module, source: str | Path) -> None:
+    """Load what `vision_weights` finds into an encoder; CheckpointError where the shapes differ."""
+    try:
+        vision.load_state_dict(vision_weights(source))
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{source} does not fit the encoder: {reason}") from error
 
 
 # --- objective ------------------------------------------------------------------------------------------------
@@ -345,10 +425,18 @@ class Distill(Objective):
         tokens: P.
         teacher: (D, pooled width), or None without a teacher.
         spec: weights of the terms.
+        names: classes of drawings. marks: whether there are families with marks.
     """
 
     def __init__(
-        self, width: int, tokens: int, teacher: tuple[int, int] | None, spec: DistillObjective
+        self,
+        width: int,
+        tokens: int,
+        teacher: tuple[int, int] | None,
+        spec: DistillObjective,
+        *,
+        names: int = 0,
+        marks: bool = False,
     ) -> None:
         super().__init__()
         self.spec = spec
@@ -361,6 +449,9 @@ class Distill(Objective):
         self.dense = nn.Linear(width, 4 * sum(FACTS.values()))
         self.count = Reader(width, tokens, spec.narrow, 1, CLASSES["counting"])
         self.letters = Reader(width, tokens, spec.narrow, MAX_LETTERS, ALPHABET)
+        self.marks = nn.Linear(width, 4 * (sum(MARKS.values()) + 4)) if marks else None
+        if names:
+            self.classes["clipart"] = nn.Linear(width, names)
 
     def logits(self, x_NPC: Tensor, family: str) -> Tensor:
         """Return (N, slots, classes) of the family's supervised head for normed tokens."""
@@ -377,6 +468,15 @@ class Distill(Objective):
         metrics: dict[str, tuple[Tensor | float, Tensor | float]] = {}
         for family in sorted(set(batch.families)):
             rows = batch.rows(family)
+            if family in MARKED:
+                near, edges, right, seen = self._marks(
+                    x_NPC[rows], batch.marks_NFQ[rows], batch.boxes_NQL[rows]
+                )
+                total = total + self.spec.dense * near + self.spec.boxes * edges
+                metrics[f"{family}/dense"] = (near.detach(), len(rows))
+                metrics[f"{family}/edges"] = (edges.detach(), len(rows))
+                metrics[f"{family}/seen"] = (right, seen)
+                continue
             target_NL = batch.letters_NL[rows] if family == "words" else batch.labels_N[rows][:, None]
             logits_NLK = self.logits(x_NPC[rows], family).float()
             each = F.cross_entropy(
@@ -410,25 +510,36 @@ class Distill(Objective):
         """Return the loss (per picture: sum over facts of the mean over patches), and of the patches that show
         something how many there are and how many are recognised in every fact.
         """
-        side = math.isqrt(x_NPC.shape[1])
-        # Channels of a token are its 2 x 2 patches, in rows: bring them back into the order of the picture.
-        logits_NRSIJK = self.dense(x_NPC).float().view(len(x_NPC), side, side, 2, 2, -1)
-        logits_NQK = logits_NRSIJK.permute(0, 1, 3, 2, 4, 5).reshape(len(x_NPC), 4 * side * side, -1)
-        loss = x_NPC.new_zeros((), dtype=torch.float32)
-        there_NQ = torch.zeros_like(dense_NFQ[:, 0], dtype=torch.bool)
-        right_NQ = torch.ones_like(there_NQ)
-        for fact, part_NQK in enumerate(logits_NQK.split(tuple(FACTS.values()), dim=-1)):
-            target_NQ = dense_NFQ[:, fact]
-            if target_NQ[0, 0] == -100:
-                continue
-            each_NQ = F.cross_entropy(part_NQK.flatten(0, 1), target_NQ.flatten(), reduction="none")
-            loss = loss + each_NQ.sum() / target_NQ.shape[1]
-            there_NQ |= target_NQ < part_NQK.shape[-1] - 1
-            right_NQ &= part_NQK.argmax(-1) == target_NQ
-        return loss, there_NQ.sum(), (there_NQ & right_NQ).sum()
+        return _facts_loss(_by_patch(self.dense(x_NPC)), dense_NFQ, tuple(FACTS.values()))
+
+    def _marks(
+        self, x_NPC: Tensor, marks_NFQ: Tensor, boxes_NQL: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return the loss of shapes and colours, that of edges (per picture: mean over its marked patches, in tenths of
+        the picture), and of the patches that show something how many are recognised, and how many there are.
+        """
+        if self.marks is None:
+            raise ConfigError("this objective was built without marks")
+        out_NQK = _by_patch(self.marks(x_NPC))
+        loss, seen, right = _facts_loss(out_NQK[..., :-4], marks_NFQ, tuple(MARKS.values()))
+        there_NQ = ~boxes_NQL[..., 0].isnan()
+        off_NQ = F.smooth_l1_loss(out_NQK[..., -4:] * 10, boxes_NQL.nan_to_num() * 10, reduction="none").mean(
+            -1
+        )
+        counts_N = there_NQ.sum(1).clamp_min(1)
+        edges = ((off_NQ * there_NQ).sum(1) / counts_N).sum()
+        return loss, edges, right, seen
+
+    def boxes(self, x_NPC: Tensor) -> Tensor:
+        """(N, Q, 4): the box that every patch sees around its mark, in shares of the picture."""
+        if self.marks is None:
+            raise ConfigError("this objective was built without marks")
+        return _by_patch(self.marks(x_NPC))[..., -4:]
 
     def evaluate(self, model: nn.Module, source: Source) -> dict[str, float]:
-        """Return the heads' accuracy on the dev split by family; words by letter and by whole word."""
+        """Return the heads' accuracy on the dev split by family; words by letter and by whole word; of families with
+        marks the mean IoU of the boxes that marked patches see.
+        """
         if not isinstance(source, DistillSource):
             raise ConfigError(f"Distill needs a DistillSource, got {type(source).__name__}")
         device = self.norm.weight.device
@@ -436,12 +547,50 @@ class Distill(Objective):
         for family in sorted(f for f, w in source.weights.items() if w > 0):
             batch = source.dev(family).to(device)
             parts = [self.norm(model(part)) for part in batch.images_NSS3.split(100)]
+            if family in MARKED:
+                there_NQ = ~batch.boxes_NQL[..., 0].isnan()
+                guess_ML = torch.cat([self.boxes(part) for part in parts])[there_NQ]
+                scores[family] = float(_iou(guess_ML.float(), batch.boxes_NQL[there_NQ]).mean())
+                continue
             guess_NL = torch.cat([self.logits(part, family).argmax(-1) for part in parts])
             right_NL = guess_NL == (batch.letters_NL if family == "words" else batch.labels_N[:, None])
             scores[family] = float(right_NL.all(1).float().mean())
             if family == "words":
                 scores["letters"] = float(right_NL.float().mean())
         return scores
+
+
+def _by_patch(y_NPK: Tensor) -> Tensor:
+    """(N, P, 4K) -> (N, Q, K) float32, in the picture's order: a token's channels are its 2 x 2 patches, in rows."""
+    side = math.isqrt(y_NPK.shape[1])
+    y_NRSIJK = y_NPK.float().view(len(y_NPK), side, side, 2, 2, -1)
+    return y_NRSIJK.permute(0, 1, 3, 2, 4, 5).reshape(len(y_NPK), 4 * side * side, -1)
+
+
+def _facts_loss(
+    logits_NQK: Tensor, facts_NFQ: Tensor, classes: tuple[int, ...]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss (per picture: sum over facts of the mean over patches); patches that show something; those right in all."""
+    loss = logits_NQK.new_zeros((), dtype=torch.float32)
+    there_NQ = torch.zeros_like(facts_NFQ[:, 0], dtype=torch.bool)
+    right_NQ = torch.ones_like(there_NQ)
+    for fact, part_NQK in enumerate(logits_NQK.split(classes, dim=-1)):
+        target_NQ = facts_NFQ[:, fact]
+        if target_NQ[0, 0] == -100:
+            continue
+        each_NQ = F.cross_entropy(part_NQK.flatten(0, 1), target_NQ.flatten(), reduction="none")
+        loss = loss + each_NQ.sum() / target_NQ.shape[1]
+        there_NQ |= target_NQ < part_NQK.shape[-1] - 1
+        right_NQ &= part_NQK.argmax(-1) == target_NQ
+    return loss, there_NQ.sum(), (there_NQ & right_NQ).sum()
+
+
+def _iou(a_ML: Tensor, b_ML: Tensor) -> Tensor:
+    """(M,) intersection over union of boxes (x0, y0, x1, y1); 0 where a box is inverted."""
+    low_M2, high_M2 = torch.maximum(a_ML[:, :2], b_ML[:, :2]), torch.minimum(a_ML[:, 2:], b_ML[:, 2:])
+    both_M = (high_M2 - low_M2).clamp_min(0).prod(1)
+    areas = [(x[:, 2:] - x[:, :2]).clamp_min(0).prod(1) for x in (a_ML, b_ML)]
+    return both_M / (areas[0] + areas[1] - both_M).clamp_min(1e-9)
 
 
 def _regress(guess: Tensor, target: Tensor) -> Tensor:
@@ -459,6 +608,7 @@ class DistillObjective:
     pooled: float = 1.0
     letters: float = 0.3
     dense: float = 3.0
+    boxes: float = 1.0
     smoothing: float = 0.05
     narrow: int = 48
     whiten: int = 0
@@ -472,4 +622,12 @@ class DistillObjective:
             draws = [(name, i) for name, size in source.sizes.items() for i in range(min(self.whiten, size))]
             images_NSS3 = source.fetch(draws, generator(0, "whiten")).images_NSS3
             whiten_patches_(model.vision.patch_embedding, model.pixels(images_NSS3))
-        return Distill(model.width, model.tokens, source.teacher_widths, self)
+        drawn = {family for family, weight in source.weights.items() if weight > 0}
+        return Distill(
+            model.width,
+            model.tokens,
+            source.teacher_widths,
+            self,
+            names=len(source.names),
+            marks=bool(drawn & set(MARKED)),
+        )

@@ -222,8 +222,13 @@ class PackedSource:
         return Row.pack(rows)
 
     def feed(self, recipe: Recipe, run: RunFolder | None = None) -> PackedFeed:
-        """Return the feed of a run; bad samples are listed in its folder (``quarantine.jsonl``), if it has one."""
-        path = None if run is None else Path(run.path) / "quarantine.jsonl"
+        """Return the feed of a run; bad samples are listed in its folder (``quarantine.jsonl``), if it has one.
+
+        Of several processes each has a list of its own, the others ``quarantine-1.jsonl`` and so on: all of them plan
+        everything, and each loads its share.
+        """
+        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        path = None if run is None else Path(run.path) / f"quarantine{f'-{rank}' if rank else ''}.jsonl"
         return PackedFeed(
             self.sets,
             self.weights,

@@ -48,9 +48,17 @@ def prepare(model: nn.Module, recipe: Recipe) -> nn.Module:
     """Change the model in place as the recipe says, and return it; new weights depend on the recipe's seed only.
 
     Raises:
-        ConfigError: the recipe switches something of a part that the model lacks, or a LoRA pattern matches nothing.
+        ConfigError: the recipe switches something of a part that the model lacks, a LoRA pattern matches nothing, or
+            parts in other dtypes than float32 meet without autocast.
         UsageError: the recipe compiles and there is no compiler.
     """
+    kinds = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()})
+    if recipe.compute == "float32" and len(kinds) > 1:
+        raise ConfigError(
+            f"{recipe.name}: parameters are {' and '.join(kinds)}, which only autocast brings together: "
+            "--set compute=bfloat16, or load all parts as float32 (--set model.vision_dtype=float32, "
+            "--set model.language_dtype=float32)"
+        )
     if recipe.drop_path is not None:
         layers = [
             [m for m in layer.modules() if isinstance(m, DropPath)] for layer in vision_of(model).layers

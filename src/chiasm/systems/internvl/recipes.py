@@ -1,14 +1,15 @@
 """Training recipes of the InternVL system.
 
-``debug``: a toy of the whole pipeline, seconds on one core. ``mini_distill`` gives the bundled model its eyes,
-``mini_sft`` connects them to the language model. ``stage1_8b`` and its kind are the stages of the released models,
-``sft`` and ``lora`` fine-tune any checkpoint: their names are in ``table.RECIPES``, and they are functions of this
-module too.
+``debug``: a toy of the whole pipeline, seconds on one core. ``mini_distill`` gives the bundled model its
+eyes, ``mini_widen`` teaches them drawings, boxes and charts, ``mini_sft`` connects them to the language model.
 
-The bundled model is trained by the two of them in turn::
+The bundled model is trained by the three of them in turn::
 
     chiasm train internvl/mini_distill --id mini-distill
-    chiasm train internvl/mini_sft --id mini-sft --set model.vision_from=runs/mini-distill
+    chiasm train internvl/mini_widen --id mini-widen --set model.start=runs/mini-distill
+    chiasm train internvl/mini_sft --id mini-sft --set model.vision_from=runs/mini-widen
+
+The others are the recipes of the released models (`released.py`).
 """
 
 from __future__ import annotations
@@ -16,20 +17,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors.torch import load_file
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
-from torch import Tensor
 
 from chiasm.checkpoint.adapters import open_checkpoint
 from chiasm.checkpoint.vocab import SPECIAL_TOKENS, used_rows
 from chiasm.checkpoint.wheel import smollm2_folder
 from chiasm.data.layout import LayoutSpec
-from chiasm.errors import CheckpointError
 from chiasm.model.causal import CausalVLM
 from chiasm.parts.language.config import LanguageConfig
 from chiasm.parts.vision.internvit import InternViTConfig, internvit_mini
@@ -39,13 +36,13 @@ from chiasm.systems.internvl.model import build_internvl
 from chiasm.systems.internvl.released import released
 from chiasm.systems.internvl.table import RECIPES
 from chiasm.text.tokenizer import Tokenizer, byte_alphabet
-from chiasm.train.distill import DistillData, DistillObjective, StudentSpec
+from chiasm.train.distill import DistillData, DistillObjective, StudentSpec, load_vision
 from chiasm.train.recipe import Group, Optim, Recipe, Schedule
-from chiasm.train.run import RunFolder
 from chiasm.train.sft import ChatSource, FinetuneObjective
 from chiasm.worlds import CountingWorld, World, open_world
+from chiasm.worlds.world import SIZE
 
-__all__ = ["debug", "mini_distill", "mini_sft"]
+__all__ = ["debug", "mini_distill", "mini_sft", "mini_widen"]
 __all__ += list(RECIPES)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
@@ -172,26 +169,21 @@ def mini_distill() -> Recipe:
     )
 
 
-def vision_weights(source: str | Path) -> dict[str, Tensor]:
-    """Return InternViT weights by native name: of a distillation run's last checkpoint, or of a safetensors file.
-
-    Raises:
-        CheckpointError: there are none.
-    """
-    path = Path(source)
-    if path.is_dir():
-        state = RunFolder.open(path).load().weights
-        state = {name.removeprefix("vision."): t for name, t in state.items() if name.startswith("vision.")}
-    elif path.is_file():
-        state = load_file(path)
-    else:
-        raise CheckpointError(
-            f"no vision weights in {path}: run chiasm train internvl/mini_distill, then name its run folder "
-            "with --set model.vision_from=runs/…"
-        )
-    if not state:
-        raise CheckpointError(f"{path} holds no weights named vision.*: name a distillation run")
-    return state
+def mini_widen() -> Recipe:
+    """Stage 1b of chiasm-mini: the encoder goes on with drawings, box grounding and charts beside the first four."""
+    return replace(
+        mini_distill(),
+        name="mini-widen",
+        model=StudentSpec(vision=internvit_mini(), sincos=True, start="runs/mini-distill"),
+        objective=DistillObjective(),
+        data=DistillData(
+            weights={
+                **{"cifar10": 0.12, "fashion": 0.18, "words": 0.20, "counting": 0.06},
+                **{"clipart": 0.20, "grounding": 0.14, "charts": 0.10},
+            }
+        ),
+        steps=4000,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -202,7 +194,7 @@ class MiniModel:
     language_folder: str | None = None
     """A Llama-layout folder; none takes SmolLM2 from its wheel."""
     language_dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    vision_from: str | None = "runs/mini-distill"
+    vision_from: str | None = "runs/mini-widen"
     """A distillation run or a safetensors file; none starts from random weights."""
 
     def build(self) -> CausalVLM:
@@ -214,11 +206,7 @@ class MiniModel:
             seed=torch.initial_seed(),
         )
         if self.vision_from is not None:
-            try:
-                model.get_submodule("embedder.vision").load_state_dict(vision_weights(self.vision_from))
-            except RuntimeError as error:
-                reason = " ".join(str(error).split())[:200]
-                raise CheckpointError(f"{self.vision_from} does not fit the encoder: {reason}") from error
+            load_vision(model.get_submodule("embedder.vision"), self.vision_from)
         return model
 
     @property
@@ -238,15 +226,22 @@ class MiniModel:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MiniData:
-    """The four families as questions and answers."""
+    """The seven families as questions and answers."""
 
     config: MiniConfig = field(default_factory=MiniConfig)
     """The model's own, for template and tokens per tile."""
     language_folder: str | None = None
     weights: dict[str, float] = field(
-        default_factory=lambda: {"cifar10": 0.16, "fashion": 0.22, "words": 0.48, "counting": 0.14}
+        default_factory=lambda: {
+            **{"cifar10": 0.10, "fashion": 0.13, "words": 0.33, "counting": 0.09},
+            **{"clipart": 0.12, "grounding": 0.13, "charts": 0.10},
+        }
     )
     words: int = 100_000
+    names: int = 150
+    """Names of drawings; see ``worlds.clipart``."""
+    drawn: int = 100_000
+    """Training pictures each of drawings, of grounding scenes and of charts."""
     pseudo: float = 0.5
     spelled: tuple[str, ...] = ("words",)
     """Families whose answers are learned letter by letter: words of the held-out split were never an answer."""
@@ -275,7 +270,7 @@ class MiniData:
             dev,
             self.weights,
             spec,
-            mirrored=("cifar10", "fashion", "counting"),
+            mirrored=("cifar10", "fashion", "counting", "clipart"),
             warped=("cifar10",),
             spelled=self.spelled,
             dev_size=self.dev_size,
@@ -283,13 +278,26 @@ class MiniData:
 
     def _world(self, family: str, split: str) -> World:
         options: dict[str, object] = {"seed": self.seed}
-        if family in ("cifar10", "fashion", "words"):
+        if family in ("cifar10", "fashion", "words", "clipart", "charts"):
             options["folder"] = self.folder
+        options |= mini_options(family, self.names)
+        if split == "train" and family in ("clipart", "grounding", "charts"):
+            options["size"] = self.drawn
         if split == "train" and family == "words":
             options |= {"size": self.words, "pseudo": self.pseudo}
         if split == "train" and family == "counting":
             options["size"] = self.counting
         return open_world(family, split, **options)
+
+
+def mini_options(family: str, names: int = 150) -> dict[str, object]:
+    """Return how a family of chiasm-mini differs from its world's defaults, in training and on the card."""
+    if family == "clipart":
+        return {"names": names}
+    if family == "charts":
+        # Without an axis a value can only be guessed.
+        return {"pixels": SIZE, "questions": ("count", "highest", "lowest", "compare")}
+    return {}
 
 
 def layout_of(config: MiniConfig, tokenizer: Tokenizer) -> LayoutSpec:
