@@ -100,7 +100,8 @@ def test_a_dry_run_writes_nothing(run, tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_data_of_a_dry_run(run, tmp_path: Path) -> None:
     for name, rows in (("a", 30), ("b", 10)):
-        (tmp_path / f"{name}.jsonl").write_text("{}\n" * rows)
+        talk = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+        (tmp_path / f"{name}.jsonl").write_text((json.dumps({"conversations": talk}) + "\n") * rows)
     meta = tmp_path / "meta.json"
     sets = {
         "a": {"root": "", "annotation": "a.jsonl", "data_augment": False, "repeat_time": 1},
@@ -113,16 +114,16 @@ def test_data_of_a_dry_run(run, tmp_path: Path) -> None:
         assert done.code == 0
         return json.loads(done.out)["data"]
 
-    assert data()["sets"]["a"] == {"rows": 30, "repeat": 1.0, "weight": 30.0, "share": 0.5}
+    assert data()["sets"]["a"] == {"rows": 30, "repeat": 1.0, "share": 0.5}
     sets["a"]["repeat_time"] = 12
     meta.write_text(json.dumps(sets))
     assert data("--set", "data.resampling=sqrt")["sets"]["a"]["share"] == pytest.approx(
         360**0.5 / (360**0.5 + 30**0.5)
     )
     for broken, said in (
-        ({"a": {"annotation": "none.jsonl"}}, "there is no file"),
-        ({"a": {}}, "no annotation"),
-        ([], "JSON object"),
+        ({"a": {"annotation": "none.jsonl"}}, "no such file"),
+        ({"a": {}}, "found only"),
+        ([], "meta.json"),
     ):
         meta.write_text(json.dumps(broken))
         assert said in data()["missing"]
