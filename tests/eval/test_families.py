@@ -7,8 +7,9 @@ from tests.eval.fakes import Guesses, Sees, Squares, opener
 from chiasm.errors import DataError, UsageError
 from chiasm.eval import families
 from chiasm.eval.controls import derangement
-from chiasm.eval.families import evaluate_families
+from chiasm.eval.families import evaluate_families, open_family
 from chiasm.eval.metrics import exact_match
+from chiasm.media.boxes import parse_boxes
 
 
 def run(model, **options):
@@ -176,3 +177,31 @@ def test_wrong_calls_are_named():
         evaluate_families(Sees(), ["squares"], n=1, opener=opener())
     with pytest.raises(DataError, match="at least two"):
         evaluate_families(Sees(), ["squares"], opener=opener(size=1))
+
+
+def test_boxes_are_right_where_they_overlap() -> None:
+    """Grounding: the first box counts, by its overlap; the mean box of training stands in for the majority."""
+    world = open_family("grounding", "test")
+    answers = {}
+    for index in range(6):
+        item = world.sample(index)
+        x1, y1, x2, y2 = parse_boxes(item.answer)[0].xyxy
+        shift = 0 if index % 2 else 400
+        answers[item.image.tobytes(), item.question] = (
+            f"<box>[[{x1 + shift},{y1},{x2 + shift},{y2}]]</box> and more"
+        )
+
+    class Model:
+        def batch(self, conversations, **options):
+            assert options["max_new_tokens"] == 48
+            return [Reply(text=self.text(one), token_ids=[1]) for one in conversations]
+
+        def text(self, conversation) -> str:
+            image, question = (part[part["type"]] for part in conversation[0]["content"])
+            return answers.get((np.asarray(image).tobytes(), question), "nowhere")
+
+    result = evaluate_families(Model(), ["grounding"], n=6)["grounding"]
+    assert result["score"]["accuracy"] == pytest.approx(0.5)
+    assert 0.5 <= result["mean_iou"] < 0.6
+    assert set(result["controls"]) == {"mean box", "blank", "shuffled"}
+    assert result["manifest"]["parser"]["boxes"] == "first box, IoU >= 0.5"

@@ -27,6 +27,7 @@ from chiasm.checkpoint.adapters import open_checkpoint
 from chiasm.checkpoint.vocab import SPECIAL_TOKENS, used_rows
 from chiasm.checkpoint.wheel import smollm2_folder
 from chiasm.data.layout import LayoutSpec
+from chiasm.eval.families import OPTIONS
 from chiasm.model.causal import CausalVLM
 from chiasm.parts.language.config import LanguageConfig
 from chiasm.parts.vision.internvit import InternViTConfig, internvit_mini
@@ -40,7 +41,6 @@ from chiasm.train.distill import DistillData, DistillObjective, StudentSpec, loa
 from chiasm.train.recipe import Group, Optim, Recipe, Schedule
 from chiasm.train.sft import ChatSource, FinetuneObjective
 from chiasm.worlds import CountingWorld, World, open_world
-from chiasm.worlds.world import SIZE
 
 __all__ = ["debug", "mini_distill", "mini_sft", "mini_widen"]
 __all__ += list(RECIPES)  # pyright: ignore[reportUnsupportedDunderAll]
@@ -238,8 +238,6 @@ class MiniData:
         }
     )
     words: int = 100_000
-    names: int = 150
-    """Names of drawings; see ``worlds.clipart``."""
     drawn: int = 100_000
     """Training pictures each of drawings, of grounding scenes and of charts."""
     pseudo: float = 0.5
@@ -280,7 +278,7 @@ class MiniData:
         options: dict[str, object] = {"seed": self.seed}
         if family in ("cifar10", "fashion", "words", "clipart", "charts"):
             options["folder"] = self.folder
-        options |= mini_options(family, self.names)
+        options |= OPTIONS.get(family, {})
         if split == "train" and family in ("clipart", "grounding", "charts"):
             options["size"] = self.drawn
         if split == "train" and family == "words":
@@ -288,16 +286,6 @@ class MiniData:
         if split == "train" and family == "counting":
             options["size"] = self.counting
         return open_world(family, split, **options)
-
-
-def mini_options(family: str, names: int = 150) -> dict[str, object]:
-    """Return how a family of chiasm-mini differs from its world's defaults, in training and on the card."""
-    if family == "clipart":
-        return {"names": names}
-    if family == "charts":
-        # Without an axis a value can only be guessed.
-        return {"pixels": SIZE, "questions": ("count", "highest", "lowest", "compare")}
-    return {}
 
 
 def layout_of(config: MiniConfig, tokenizer: Tokenizer) -> LayoutSpec:
