@@ -10,6 +10,7 @@ from chiasm.eval.controls import derangement
 from chiasm.eval.families import evaluate_families, open_family
 from chiasm.eval.metrics import exact_match
 from chiasm.media.boxes import parse_boxes
+from chiasm.model.chat import Reply
 
 
 def run(model, **options):
