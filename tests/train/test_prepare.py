@@ -16,7 +16,7 @@ from chiasm.systems.internvl.recipes import debug
 from chiasm.train import freeze
 from chiasm.train.objective import Objective
 from chiasm.train.optim import depth_factors, make_optimizers, named_parameters, trainable
-from chiasm.train.prepare import decoder_of, prepare, require_compiler, vision_of
+from chiasm.train.prepare import decoder_of, keep_features, prepare, require_compiler, vision_of
 from chiasm.train.recipe import Lora, Optim, Schedule, apply_overrides
 from chiasm.train.trainer import build_parts
 
@@ -212,3 +212,41 @@ def test_mixed_dtypes_need_autocast() -> None:
     with pytest.raises(ConfigError, match="bfloat16 and float32, which only autocast brings together"):
         prepare(model, debug())
     prepare(model, replace(debug(), compute="bfloat16"))
+
+
+def test_kept_features_of_a_frozen_encoder_change_nothing() -> None:
+    recipe = replace(debug(), drop_path=0.0, optim=Optim(lr=3e-3, freeze=("embedder.vision.*",)))
+    plain, kept = build_parts(recipe), build_parts(replace(recipe, keep_features=1))
+    for parts, own in ((plain, recipe), (kept, replace(recipe, keep_features=1))):
+        trainable(parts[1], parts[2], own.optim)
+        keep_features(parts[1], own)
+    encoded = []
+    vision = kept[1].embedder.vision
+    vision.register_forward_hook(lambda module, args, out: encoded.append(len(args[0])))
+    for model in (plain[1], kept[1]):
+        source = plain[0]
+        model.train()
+        row = source.document(source.worlds["counting"].sample(0))
+        span = replace(row.spans[0], key="picture")
+        batch = replace(row, spans=(span,))
+        for _ in range(2):
+            model.zero_grad()
+            model.loss(batch).parts["text"].total.backward()
+    assert encoded == [1]
+    for (name, a), b in zip(plain[1].named_parameters(), kept[1].parameters(), strict=True):
+        assert (a.grad is None) == (b.grad is None), name
+        if a.grad is not None:
+            torch.testing.assert_close(b.grad, a.grad, rtol=1e-5, atol=1e-7)
+
+
+def test_features_that_change_are_not_kept() -> None:
+    trained = replace(debug(), keep_features=1)
+    with pytest.raises(ConfigError, match="freeze it"):
+        keep_features(build_parts(trained)[1], trained)
+    frozen = replace(trained, optim=Optim(freeze=("embedder.vision.*",)))
+    _, model, objective = build_parts(frozen)
+    trainable(model, objective, frozen.optim)
+    with pytest.raises(ConfigError, match="drops paths"):
+        keep_features(model, frozen)
+    with pytest.raises(ConfigError, match="2 processes"):
+        keep_features(model, frozen, processes=2)

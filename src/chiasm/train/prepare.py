@@ -17,11 +17,12 @@ from chiasm.errors import ConfigError, UsageError
 from chiasm.nn.block import Block
 from chiasm.nn.lora import apply_lora, fused_splits
 from chiasm.nn.vit import DropPath, drop_path_rates
+from chiasm.parts.embed import FeatureCache
 from chiasm.parts.language.decoder import Decoder
 from chiasm.parts.vision.internvit import InternViT
 from chiasm.train.recipe import Lora, Recipe
 
-__all__ = ["decoder_of", "prepare", "require_compiler", "vision_of"]
+__all__ = ["decoder_of", "keep_features", "prepare", "require_compiler", "vision_of"]
 
 
 def vision_of(model: nn.Module) -> InternViT:
@@ -116,3 +117,32 @@ def require_compiler(device: torch.device) -> None:
             raise UsageError("compile=true needs triton on a GPU: install it, or set compile=false") from None
     elif not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
         raise UsageError("compile=true needs a C++ compiler on the path: install g++, or set compile=false")
+
+
+def keep_features(model: nn.Module, recipe: Recipe, *, processes: int = 1) -> None:
+    """Give the embedder of a model whose encoder is frozen a memory of `recipe.keep_features` mebibytes, if set.
+
+    Called when it is known what is trained.
+
+    Raises:
+        ConfigError: the encoder is trained or drops paths, so that what it saw once is not what it would see again;
+            the model has no such memory; or processes share the encoder's layers.
+    """
+    if not recipe.keep_features:
+        return
+    hint = "leave recipe.keep_features at 0"
+    embedder = next((module for module in model.modules() if hasattr(module, "kept")), None)
+    if embedder is None:
+        raise ConfigError(f"{type(model).__name__} keeps no features: {hint}")
+    if processes > 1:
+        raise ConfigError(
+            f"{processes} processes share the encoder's layers and must run them in step: {hint}"
+        )
+    vision = vision_of(model)
+    if any(p.requires_grad for p in vision.parameters()):
+        raise ConfigError(f"the encoder is trained, so its features change: freeze it, or {hint}")
+    if any(drop.rate for drop in vision.modules() if isinstance(drop, DropPath)):
+        raise ConfigError(
+            "a frozen encoder that drops paths sees another picture each time: --set drop_path=0"
+        )
+    embedder.kept = FeatureCache(recipe.keep_features << 20)  # type: ignore[assignment]

@@ -240,6 +240,8 @@ class Recipe:
     """Compile the encoder's layers and the decoder's feed-forwards; needs a compiler, and changes the last bits."""
     drop_path: float | None = None
     """Stochastic depth of the encoder: the last layer's rate (the first one's is 0); None leaves the model's own."""
+    keep_features: int = 0
+    """Mebibytes of memory for what a frozen encoder saw: a picture that comes again is not encoded again. 0: none."""
     lora: Lora = field(default_factory=Lora)
     """Adapters on the decoder; they freeze word table and output matrix too."""
     vision_lora: Lora = field(default_factory=Lora)
@@ -259,7 +261,7 @@ class Recipe:
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "accumulate", "log_every", "save_every", "keep_last"):
             _require(getattr(self, name) >= 1, f"recipe.{name} must be >= 1, got {getattr(self, name)}")
-        for name in ("eval_every", "keep_every", "seed"):
+        for name in ("eval_every", "keep_every", "seed", "keep_features"):
             _require(getattr(self, name) >= 0, f"recipe.{name} must be >= 0, got {getattr(self, name)}")
         _require(
             self.batch % self.accumulate == 0,

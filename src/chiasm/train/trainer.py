@@ -46,7 +46,7 @@ from chiasm.train.optim import (
     trainable,
 )
 from chiasm.train.parallel import World, gathered, is_divided, shard
-from chiasm.train.prepare import prepare
+from chiasm.train.prepare import keep_features, prepare
 from chiasm.train.progress import Progress
 from chiasm.train.recipe import Recipe, difference, resolved
 from chiasm.train.run import Checkpoint, RunFolder
@@ -147,6 +147,7 @@ class Trainer:
         if self.world.size > 1:
             shard(self.model, self.world, bfloat16=recipe.compute == "bfloat16")
         self.parameters = trainable(self.model, self.objective, recipe.optim)
+        keep_features(self.model, recipe, processes=self.world.size)
         everything = named_parameters(self.model, self.objective)
         self.optimizers = make_optimizers(self.parameters, recipe.optim, everything)
         self.feed: Feed = open_feed(self.source, recipe, run)

@@ -31,9 +31,11 @@ class InternVLEmbedder(nn.Module):
     `features`, when set, remembers encoded images by content (inference only).
     `lockstep`, when set, encodes exactly once in every training pass, be it a blank tile that counts nothing: processes
     that share the encoder's weights must run its layers equally often.
+    `kept`, when set, remembers what a frozen encoder saw between training steps; the projector still learns.
     """
 
     lockstep: bool = False
+    kept: FeatureCache | None = None
 
     def __init__(
         self,
@@ -57,19 +59,40 @@ class InternVLEmbedder(nn.Module):
 
     def project(self, pixels_N3SS: Tensor) -> Tensor:
         """(N, 3, S, S) normalised pixels -> (N, K, C) tokens. The class token is dropped before unshuffling."""
-        patches = self.vision(pixels_N3SS, select_layer=self.select_layer)[:, 1:]
-        return self.connect(self.compress(patches))
+        return self.connect(self._see(pixels_N3SS))
+
+    def _see(self, pixels_N3SS: Tensor) -> Tensor:
+        """(N, 3, S, S) normalised pixels -> (N, K, C') tokens as the projector takes them."""
+        return self.compress(self.vision(pixels_N3SS, select_layer=self.select_layer)[:, 1:])
 
     def forward(self, sequence: Sequence, cache: ModelCache | None = None) -> Embedded:
         """(T,) positions -> (T, C) rows."""
         x_TC = self.words(sequence.ids_T)
         if self.lockstep and torch.is_grad_enabled():
             return Embedded(self._in_lockstep(x_TC, sequence))
+        if self.kept is not None and torch.is_grad_enabled():
+            return Embedded(self._with_kept(x_TC, sequence, self.kept))
         store = None if torch.is_grad_enabled() else self.features
         if store is not None and sequence.spans:
             store.bind(self)
         seen = encode_spans(sequence, ("image", "video"), self.encode, store)
         return Embedded(overwrite_rows(x_TC, seen))
+
+    def _with_kept(self, x_TC: Tensor, sequence: Sequence, store: FeatureCache) -> Tensor:
+        """Rows whose media were encoded now or earlier, without gradient, and are projected now, with one."""
+        weight = self.vision.patch_embedding.weight
+
+        def see(tiles_N3SS: Tensor) -> Tensor:
+            return self._see(normalize(tiles_N3SS.to(weight.device), self.policy, dtype=weight.dtype))
+
+        with torch.no_grad():
+            store.bind(self.vision)
+            found = encode_spans(sequence, ("image", "video"), see, store)
+        if not found:
+            return x_TC
+        rows = self.connect(torch.cat([features for _, features in found]))
+        parts = rows.split([len(features) for _, features in found])
+        return overwrite_rows(x_TC, [(span, part) for (span, _), part in zip(found, parts, strict=True)])
 
     def _in_lockstep(self, x_TC: Tensor, sequence: Sequence) -> Tensor:
         """Rows with all media encoded in one call, whatever their number."""
