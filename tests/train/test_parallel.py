@@ -98,6 +98,27 @@ def test_bfloat16_in_two_processes(tmp_path):
 
 
 @pytest.mark.slow
+def test_the_guard_finds_the_same_culprits_in_two_processes(tmp_path):
+    """After the first step every loss is NaN: processes search their parts together, with pictures or without."""
+    overrides = (
+        "optim.lr=1e30",
+        "optim.clip=none",
+        "guard.policy=skip",
+        "guard.max_skips=100",
+        "eval_every=0",
+    )
+    alone(tmp_path / "one", *overrides)
+    finish(run_jobs([(tmp_path / "two", overrides, None)]))
+    one, two = ([row for row in curve(tmp_path / run) if "samples" in row] for run in ("one", "two"))
+    assert (
+        [row["step"] for row in one] == [row["step"] for row in two] == [2, 4, 5, 6]
+    )  # step 3 has no samples
+    for mine, other in zip(one, two, strict=True):
+        assert len(mine["samples"]) == 5
+        assert mine["skipped"] == other["skipped"]
+
+
+@pytest.mark.slow
 def test_killed_processes_resume_to_the_bit(tmp_path):
     overrides = ("steps=30", "save_every=4", "eval_every=0", "data.size=400")
     finish(run_jobs([(tmp_path / "whole", overrides, None)]))

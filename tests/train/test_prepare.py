@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from chiasm.cli.train import train
 from chiasm.data.mixture import generator
 from chiasm.errors import ConfigError, UsageError
 from chiasm.nn.lora import LoRALinear
@@ -17,7 +18,7 @@ from chiasm.train import freeze
 from chiasm.train.objective import Objective
 from chiasm.train.optim import depth_factors, make_optimizers, named_parameters, trainable
 from chiasm.train.prepare import decoder_of, keep_features, prepare, require_compiler, vision_of
-from chiasm.train.recipe import Lora, Optim, Schedule, apply_overrides
+from chiasm.train.recipe import Group, Lora, Optim, Schedule, apply_overrides
 from chiasm.train.trainer import build_parts
 
 
@@ -100,10 +101,11 @@ def test_switches_of_absent_parts_are_refused():
         built("lora.rank=2", 'lora.targets=["attn.qqq"]')
 
 
-def test_compilation_without_a_compiler_is_refused(monkeypatch):
+def test_compilation_without_a_compiler_is_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(UsageError, match="C\\+\\+ compiler"):
-        built("compile=true")
+        train("internvl/debug", overrides=("compile=true",), runs=tmp_path, run_id="x")
+    assert not (tmp_path / "x").exists()
     monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.raises(UsageError, match="triton"):
         require_compiler(torch.device("cuda"))
@@ -188,7 +190,8 @@ def test_warm_up_as_a_share():
 
 @pytest.mark.parametrize(
     "setting",
-    ["lora.rank=-1", "vision_lora.dropout=1", "drop_path=1", "optim.vision_decay=0", "checkpointing=some",
+    ["lora.rank=-1", "lora.alpha=0", "optim.eps=-1", "vision_lora.dropout=1",
+     "drop_path=1", "optim.vision_decay=0", "checkpointing=some",
      'writers=["tensorbord"]'],
 )  # fmt: skip
 def test_wrong_switches_are_refused(setting):
@@ -204,6 +207,33 @@ class Headless(Objective):
 def test_an_objective_says_nothing_by_default():
     assert Headless().denominators(nn.Linear(1, 1), None) is None
     assert Headless().document_losses(nn.Linear(1, 1), None) is None
+
+
+def test_nothing_is_trained_in_bfloat16() -> None:
+    """Autocast or not: at a rate of 1e-5 most updates would be rounded away."""
+    _, model, objective = build_parts(debug())
+    model.trunk.to(torch.bfloat16)
+    with pytest.raises(
+        ConfigError, match=r"trunk\.\S+ would be trained in bfloat16.*model.language_dtype=float32"
+    ):
+        trainable(model, objective, Optim())
+    left = trainable(model, objective, Optim(freeze=("trunk.*",)))
+    assert {p.dtype for p in left.values()} == {torch.float32}
+
+
+def test_tied_words_have_two_names() -> None:
+    """The output matrix is the word table: a pattern for either means both, whatever a checkpoint ties."""
+    for optim, trained in (
+        (Optim(train=("head.*",)), ["embedder.words.weight"]),
+        (Optim(train=("embedder.words.*", "head.weight")), ["embedder.words.weight"]),
+    ):
+        _, model, objective = build_parts(debug())
+        assert model.head.weight is model.embedder.words.weight
+        assert list(trainable(model, objective, optim)) == trained
+    _, model, objective = build_parts(debug())
+    assert "embedder.words.weight" not in trainable(model, objective, Optim(freeze=("head.weight",)))
+    with pytest.raises(ConfigError, match=r"'head\.\*' matches no parameter"):  # it would change nothing
+        trainable(model, objective, Optim(groups=(Group(pattern="head.*", lr_scale=0.0),)))
 
 
 def test_mixed_dtypes_need_autocast() -> None:

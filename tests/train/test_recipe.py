@@ -133,6 +133,8 @@ def test_groups_and_optim_validate():
         Group(pattern="")
     with pytest.raises(ConfigError):
         Optim(weight_decay=-1)
+    with pytest.raises(ConfigError):
+        Group(pattern="*", weight_decay=-0.1)
 
 
 def test_settings_are_checked_together():

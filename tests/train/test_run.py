@@ -125,6 +125,25 @@ def test_prune_keeps_the_last_and_the_milestones(run):
     assert run.checkpoints() == [9]
 
 
+def test_a_crash_while_pruning_leaves_no_half_checkpoint(run, monkeypatch):
+    for step in (3, 6, 9):
+        run.save(checkpoint(step))
+
+    def die(path, **options):
+        if path.exists():
+            next(path.glob("*.safetensors")).unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module.shutil, "rmtree", die)
+        with pytest.raises(KeyboardInterrupt):
+            run.prune(keep_last=2, keep_every=0)
+    assert run.checkpoints() == [6, 9]
+    assert run.load().step == 9
+    run.save(checkpoint(12))
+    assert not list(run.path.glob(".partial-*"))
+
+
 def test_missing_and_damaged_checkpoints(run):
     with pytest.raises(CheckpointError, match="none"):
         run.load()

@@ -12,7 +12,7 @@ import typer
 from typer.testing import CliRunner
 
 from chiasm.cli.train import find_recipe, train, train_command
-from chiasm.errors import UsageError
+from chiasm.errors import DataError, UsageError
 from chiasm.train.recipe import apply_overrides
 from chiasm.train.run import RunFolder
 
@@ -108,6 +108,26 @@ def test_stdout_is_the_result(tmp_path):
     assert RunFolder.open(tmp_path / "b").info["recipe"]["seed"] == 5
     again = CliRunner().invoke(APP, ["--resume", str(tmp_path / "b")])
     assert again.stdout.strip() == str(tmp_path / "b")
+
+
+def test_a_recipe_is_a_recipe_and_runs_are_where_one_can_write(tmp_path):
+    (tmp_path / "mine.py").write_text("def run():\n    return 3\n")
+    with pytest.raises(UsageError, match=r"mine.py:run returns a int"):
+        train(f"{tmp_path / 'mine.py'}:run", runs=tmp_path)
+    with pytest.raises(UsageError, match=r"cannot be made \(.*--runs"):
+        train("internvl/debug", runs=tmp_path / "mine.py" / "runs")
+    with pytest.raises(UsageError, match="--until 0"):
+        train("internvl/debug", runs=tmp_path, until=0)
+
+
+def test_a_run_that_cannot_begin_gives_its_name_back(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("keep")
+    for name in ("mine", "other"):
+        with pytest.raises(DataError, match=r"data\.meta"):
+            train("internvl/sft", runs=tmp_path, run_id=name)
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_refusal_leaves_no_run_behind(tmp_path):

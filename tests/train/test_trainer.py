@@ -15,7 +15,7 @@ from tests.train import tiny_run
 from tests.train.tiny_run import BlobData, tiny
 from torch import nn
 
-from chiasm.errors import ConfigError, UsageError
+from chiasm.errors import CheckpointError, ConfigError, UsageError
 from chiasm.parts.contracts import LossPart
 from chiasm.train.feed import MixtureFeed
 from chiasm.train.objective import Loss, Objective
@@ -93,6 +93,46 @@ def test_signals_save_and_leave_in_peace(tmp_path, number):
     result = trainer.fit()
     assert (result.step, result.finished) == (5, False)  # the step that was under way is finished
     assert trainer.run.checkpoints()[-1] == 5
+    quiet(tiny(), tmp_path / "run").fit()
+    quiet(tiny(), tmp_path / "whole").fit()
+    assert curve(tmp_path / "run") == curve(tmp_path / "whole")
+
+
+def test_a_second_signal_does_not_stop_the_save(tmp_path, monkeypatch):
+    """torchrun passes Ctrl-C on to processes that the terminal has interrupted already."""
+    trainer = quiet(tiny(), tmp_path / "run", loaders=0)
+    fetch, save = trainer.source.fetch, trainer.run.save
+
+    def interrupted(draws, random):
+        if trainer.step == 4:
+            signal.raise_signal(signal.SIGINT)
+        return fetch(draws, random)
+
+    def again(*arguments):
+        if trainer.step == 5:
+            signal.raise_signal(signal.SIGINT)
+        return save(*arguments)
+
+    trainer.source.fetch = interrupted
+    monkeypatch.setattr(trainer.run, "save", again)
+    assert not trainer.fit().finished
+    assert trainer.run.checkpoints()[-1] == 5
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+@pytest.mark.parametrize("name", ["metrics.jsonl", "log.txt"])
+def test_a_full_disk_under_metrics_or_log_is_one_line(tmp_path, name):
+    trainer = quiet(tiny(), tmp_path / "run")
+    trainer.fit(until=4)
+    kept = (tmp_path / "run" / name).rename(tmp_path / name)
+    (tmp_path / "run" / name).symlink_to("/dev/full")
+    with pytest.raises(
+        CheckpointError, match=rf"{name} cannot be written \(No space left.*step 4 is intact"
+    ) as caught:
+        trainer.fit()
+    assert "\n" not in str(caught.value)
+    (tmp_path / "run" / name).unlink()
+    kept.rename(tmp_path / "run" / name)
     quiet(tiny(), tmp_path / "run").fit()
     quiet(tiny(), tmp_path / "whole").fit()
     assert curve(tmp_path / "run") == curve(tmp_path / "whole")

@@ -103,23 +103,27 @@ def train(
         until: stop after this step, to be resumed.
 
     Raises:
-        UsageError: neither or both of recipe and resume, unknown recipe, wrong override.
+        UsageError: neither or both of recipe and resume, unknown recipe, wrong override, ``until`` below 1.
     """
     import torch
 
     from chiasm.train.parallel import join, leave
-    from chiasm.train.recipe import apply_overrides
+    from chiasm.train.recipe import Recipe, apply_overrides
     from chiasm.train.run import RunFolder
     from chiasm.train.trainer import Trainer, check_workers
 
     if (recipe is None) == (resume is None) or (resume is not None and (overrides or run_id)):
         raise UsageError("give either RECIPE (with --set and --id) or --resume RUN alone")
+    if until is not None and until < 1:
+        raise UsageError(f"--until {until}: give a step, at least 1")
     if threads is not None:
         torch.set_num_threads(threads)
     if resume is not None:
         info = RunFolder.open(resume).info
         recipe, overrides = info["reference"], tuple(info["overrides"])
     tree = apply_overrides(find_recipe(str(recipe))(), overrides)
+    if not isinstance(tree, Recipe):
+        raise UsageError(f"{recipe} returns a {type(tree).__name__}: a recipe function returns a Recipe")
     world = join(device)
     try:
         check_workers(tree, workers, world.device, world.size)  # a refusal leaves no folder behind
@@ -135,7 +139,13 @@ def train(
         if isinstance(begun, ChiasmError):
             raise begun
         run = RunFolder.open(cast("Path", begun))
-        Trainer(tree, run, workers=workers, loaders=loaders, world=world).fit(until=until)
+        try:
+            trainer = Trainer(tree, run, workers=workers, loaders=loaders, world=world)
+        except ChiasmError:
+            if resume is None and world.main:  # its name is free again for the mended recipe
+                run.discard()
+            raise
+        trainer.fit(until=until)
     finally:
         leave(world)
     return run.path

@@ -206,8 +206,11 @@ class Compute:
             assert part.batch is not None
             with self.autocast(), gathered(self.model):
                 each = self.objective.document_losses(self.model, part.batch.to(self.device))
-                if each is None or len(each) != len(names):
+                by_document = each is not None and len(each) == len(names)
+                # What one process computes once more, all do: they share the layers.
+                if not all(self.world.share(by_document)):
                     loss = self.objective.loss(self.model, part.batch.to(self.device))
+                if each is None or not by_document:
                     mean = float(loss.total) / max(float(loss.weight), 1e-12)
                     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
                     each, names = (

@@ -42,24 +42,44 @@ def trainable(model: nn.Module, objective: nn.Module, optim: Optim) -> dict[str,
     """Freeze what ``optim.train`` does not match or ``optim.freeze`` does; return the other parameters, by name.
 
     Parameters that do not require a gradient already (the base of a LoRA layer) stay frozen. LoRA matrices need no
-    match of ``optim.train``.
+    match of ``optim.train``. A parameter that has two names (words that are the output matrix too) is meant by either,
+    and listed under the first.
 
     Raises:
-        ConfigError: a pattern matches nothing, or nothing is left to train.
+        ConfigError: a pattern matches nothing, nothing is left to train, or what is left is stored in bfloat16, whose
+            8 bits would lose most updates.
     """
     everything = named_parameters(model, objective)
-    for pattern in (*optim.train, *optim.freeze, *(g.pattern for g in optim.groups)):
-        if not any(fnmatchcase(name, pattern) for name in everything):
-            some = ", ".join(list(everything)[:3])
-            raise ConfigError(f"pattern {pattern!r} matches no parameter; names look like {some}")
+    names: dict[nn.Parameter, list[str]] = {parameter: [name] for name, parameter in everything.items()}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name not in names[parameter]:
+            names[parameter].append(name)
+
+    def matches(parameter: nn.Parameter, patterns: Iterable[str]) -> bool:
+        return any(fnmatchcase(name, pattern) for name in names[parameter] for pattern in patterns)
+
+    unknown = [p for p in (*optim.train, *optim.freeze) if not any(matches(one, (p,)) for one in names)]
+    unknown += [
+        g.pattern for g in optim.groups if not any(fnmatchcase(name, g.pattern) for name in everything)
+    ]
+    if unknown:
+        some = ", ".join(list(everything)[:3])
+        raise ConfigError(f"pattern {unknown[0]!r} matches no parameter; names look like {some}")
     for name, parameter in everything.items():
-        chosen = not optim.train or any(fnmatchcase(name, pattern) for pattern in optim.train)
+        chosen = not optim.train or matches(parameter, optim.train)
         chosen = chosen or name.endswith((".lora_A", ".lora_B"))
-        if not chosen or any(fnmatchcase(name, pattern) for pattern in optim.freeze):
+        if not chosen or matches(parameter, optim.freeze):
             parameter.requires_grad_(False)
     left = {name: p for name, p in everything.items() if p.requires_grad}
     if not left:
         raise ConfigError("every parameter is frozen: loosen optim.freeze or optim.train")
+    for name, parameter in left.items():
+        if parameter.dtype in (torch.bfloat16, torch.float16):
+            raise ConfigError(
+                f"{name} would be trained in {str(parameter.dtype).removeprefix('torch.')}, whose few bits lose most "
+                "updates: load its part as float32 (--set model.vision_dtype=float32, --set "
+                "model.language_dtype=float32) or freeze it"
+            )
     return left
 
 

@@ -88,6 +88,10 @@ class Group:
         _require(bool(self.pattern), "group.pattern is empty: give an fnmatch pattern such as 'vision.*'")
         _require(self.lr_scale >= 0, f"group.lr_scale must be >= 0, got {self.lr_scale}")
         _require(
+            self.weight_decay is None or self.weight_decay >= 0,
+            f"group.weight_decay must be >= 0 or none, got {self.weight_decay}",
+        )
+        _require(
             self.optimizer in ("adamw", "muon"),
             f"group.optimizer must be adamw or muon, got {self.optimizer!r}",
         )
@@ -123,6 +127,7 @@ class Optim:
         _require(
             0 <= self.beta1 < 1 and 0 <= self.beta2 < 1, "optim.beta1 and optim.beta2 must lie in [0, 1)"
         )
+        _require(self.eps >= 0, f"optim.eps must be >= 0, got {self.eps}")
         _require(self.weight_decay >= 0, f"optim.weight_decay must be >= 0, got {self.weight_decay}")
         _require(self.clip is None or self.clip > 0, f"optim.clip must be > 0 or none, got {self.clip}")
         for name in ("vision_decay", "language_decay"):
@@ -186,6 +191,7 @@ class Lora:
 
     def __post_init__(self) -> None:
         _require(self.rank >= 0, f"lora.rank must be >= 0, got {self.rank}")
+        _require(self.alpha is None or self.alpha > 0, f"lora.alpha must be > 0 or none, got {self.alpha}")
         _require(0 <= self.dropout < 1, f"lora.dropout must lie in [0, 1), got {self.dropout}")
 
     @property

@@ -24,7 +24,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -85,12 +85,11 @@ class RunFolder:
             overrides: the ``--set`` settings that were applied, for ``--resume``.
 
         Raises:
-            UsageError: the run exists already.
+            UsageError: the run exists already, or its folder cannot be made.
         """
         path = Path(root) / (run_id or f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}")
         if (path / "run.json").exists():
             raise UsageError(f"{path} exists: continue it with --resume {path}, or choose another --id")
-        path.mkdir(parents=True, exist_ok=True)
         content = {
             "reference": reference,
             "overrides": list(overrides),
@@ -98,8 +97,21 @@ class RunFolder:
             "environment": environment(),
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
-        _write_atomic(path / "run.json", json.dumps(content, indent=1) + "\n")
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            _write_atomic(path / "run.json", json.dumps(content, indent=1) + "\n")
+        except OSError as error:
+            raise UsageError(
+                f"{path} cannot be made ({error.strerror}): name another folder of runs, --runs FOLDER"
+            ) from error
         return cls(path)
+
+    def discard(self) -> None:
+        """Take back a run that nothing was written to; what else is in its folder stays."""
+        if not self.checkpoints():
+            (self.path / "run.json").unlink(missing_ok=True)
+            with suppress(OSError):
+                self.path.rmdir()
 
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:
@@ -123,14 +135,25 @@ class RunFolder:
     # --- what is said and measured ---
 
     def log(self, line: str) -> None:
-        """Append one line, with the time, to log.txt."""
-        with (self.path / "log.txt").open("a") as out:
-            out.write(f"{time.strftime('%H:%M:%S')} {line}\n")
+        """Append one line, with the time, to log.txt; CheckpointError where it cannot be written."""
+        self._append("log.txt", f"{time.strftime('%H:%M:%S')} {line}\n")
 
     def measure(self, row: Mapping[str, Any]) -> None:
-        """Append one row to metrics.jsonl and hand it to the operating system."""
-        with self._metrics_path.open("a") as out:
-            out.write(json.dumps(row) + "\n")
+        """Append one row to metrics.jsonl and hand it to the operating system; CheckpointError as `log`."""
+        self._append("metrics.jsonl", json.dumps(row) + "\n")
+
+    def _append(self, name: str, text: str) -> None:
+        try:
+            with (self.path / name).open("a") as out:
+                out.write(text)
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.path / name} cannot be written ({error.strerror}); {self._intact()}: make room, then --resume"
+            ) from error
+
+    def _intact(self) -> str:
+        have = self.checkpoints()
+        return f"the checkpoint of step {have[-1]} is intact" if have else "there is no checkpoint yet"
 
     def metrics(self) -> list[dict[str, Any]]:
         """Read metrics.jsonl; a last line torn by a crash is left out."""
@@ -210,11 +233,9 @@ class RunFolder:
             if reasons:
                 if world.main:
                     shutil.rmtree(partial, ignore_errors=True)
-                have = self.checkpoints()
-                left = f"the one of step {have[-1]} is intact" if have else "there is none before it"
                 raise CheckpointError(
                     f"{self.path}: the checkpoint of step {checkpoint.step} could not be written ({reasons[0]}); "
-                    f"{left}: make room, then --resume"
+                    f"{self._intact()}: make room, then --resume"
                 )
         return final
 
@@ -273,7 +294,11 @@ class RunFolder:
         """Delete checkpoints that are neither among the last ``keep_last`` nor at a multiple of ``keep_every``."""
         for step in self.checkpoints()[:-keep_last]:
             if not keep_every or step % keep_every:
-                shutil.rmtree(self.folder(step))
+                # Renamed first: killed half-way, none that lacks files must be left under a checkpoint's name.
+                going = self.path / f".partial-{step}"
+                shutil.rmtree(going, ignore_errors=True)
+                os.rename(self.folder(step), going)
+                shutil.rmtree(going)
 
 
 @contextmanager

@@ -46,7 +46,7 @@ from chiasm.train.optim import (
     trainable,
 )
 from chiasm.train.parallel import World, gathered, is_divided, shard
-from chiasm.train.prepare import keep_features, prepare
+from chiasm.train.prepare import keep_features, prepare, require_compiler
 from chiasm.train.progress import Progress
 from chiasm.train.recipe import Recipe, difference, resolved
 from chiasm.train.run import Checkpoint, RunFolder
@@ -135,6 +135,8 @@ class Trainer:
         self.world = world or World(device=torch.device(device))
         self.device = self.world.device
         check_workers(recipe, workers, self.device, self.world.size)
+        if recipe.compile:
+            require_compiler(self.device)
         changed = difference(run.info["recipe"], resolved(recipe))
         if changed:
             raise UsageError(f"{run.path} was started with another recipe ({changed[0]}): start a new run")
@@ -172,7 +174,7 @@ class Trainer:
 
         Raises:
             TrainingError: the guard stops the run; names the step and its samples. Checkpoints stay as they are.
-            CheckpointError: a checkpoint could not be written; those before it stay as they are.
+            CheckpointError: a checkpoint or a row of metrics could not be written; checkpoints before stay as they are.
         """
         recipe, last = self.recipe, min(until or self.recipe.steps, self.recipe.steps)
         together = f", {self.world.size} processes" if self.world.size > 1 else ""
@@ -214,9 +216,11 @@ class Trainer:
                     self._evaluate()
                 if self.step % recipe.save_every == 0 or self.step == recipe.steps:
                     self._save()
-        finished = self.step >= recipe.steps
+            finished = self.step >= recipe.steps
+            if not finished:
+                # Still here, for a second signal (torchrun passes Ctrl-C on) must not end the process while it saves.
+                self._save()
         if not finished:
-            self._save()
             self._say(f"stopped at step {self.step}: continue with --resume {self.run.path}")
         return Result(step=self.step, finished=finished, scores=self.scores)
 

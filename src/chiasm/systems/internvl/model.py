@@ -29,8 +29,9 @@ class InternVLEmbedder(nn.Module):
     """Words from the table, rows of images and of video frames from the encoder, to which both are the same.
 
     `features`, when set, remembers encoded images by content (inference only).
-    `lockstep`, when set, encodes exactly once in every training pass, be it a blank tile that counts nothing: processes
-    that share the encoder's weights must run its layers equally often.
+    `lockstep`, when set, encodes exactly once in every pass, be it a blank tile that counts nothing: processes that
+    share the encoder's weights must run its layers equally often, also where no gradient is wanted (the guard's search
+    for culprits, each process in micro-batches of its own).
     `kept`, when set, remembers what a frozen encoder saw between training steps; the projector still learns.
     """
 
@@ -68,7 +69,7 @@ class InternVLEmbedder(nn.Module):
     def forward(self, sequence: Sequence, cache: ModelCache | None = None) -> Embedded:
         """(T,) positions -> (T, C) rows."""
         x_TC = self.words(sequence.ids_T)
-        if self.lockstep and torch.is_grad_enabled():
+        if self.lockstep:
             return Embedded(self._in_lockstep(x_TC, sequence))
         if self.kept is not None and torch.is_grad_enabled():
             return Embedded(self._with_kept(x_TC, sequence, self.kept))

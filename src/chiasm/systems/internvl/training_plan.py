@@ -100,11 +100,16 @@ def learns_of(recipe: Recipe, config: InternVLConfig) -> tuple[Learns, tuple[str
     def matches(name: str, patterns: Iterable[str]) -> bool:
         return any(fnmatchcase(name, pattern) for pattern in patterns)
 
+    def chosen(name: str, patterns: Iterable[str]) -> bool:
+        # Tied words are meant by the output matrix's name too.
+        also = config.language.tie_words and name == "embedder.words.weight"
+        return matches(name, patterns) or (also and matches("head.weight", patterns))
+
     trained = {
         name
         for name in names
-        if (not optim.train or matches(name, optim.train))
-        and not matches(name, optim.freeze)
+        if (not optim.train or chosen(name, optim.train))
+        and not chosen(name, optim.freeze)
         and not matches(name, frozen)
     }
     parts = {
