@@ -49,7 +49,7 @@ def test_parts_keep_every_bit_and_the_rest_is_drawn_by_seed(tmp_path, monkeypatc
     encoder = open_encoder(whole)
 
     def made_with(seed: int) -> dict[str, torch.Tensor]:
-        return dict(compose(encoder, language, seed=seed, max_tiles=3).tensors)
+        return dict(compose(encoder, language, seed=seed, max_tiles=3, untie=False).tensors)
 
     state, again, other = made_with(1), made_with(1), made_with(2)
     opened = open_checkpoint(language)
@@ -66,6 +66,12 @@ def test_parts_keep_every_bit_and_the_rest_is_drawn_by_seed(tmp_path, monkeypatc
         f"embedder.connect.{part}" for part in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
     }
     draft = compose(encoder, language, max_tiles=3)
+    apart = dict(draft.tensors)
+    assert draft.language.tie_words is False
+    if tied:  # the output matrix begins as a copy; its new rows are the mean of the old ones
+        old = len(own["embedder.words.weight"])
+        assert torch.equal(apart["head.weight"][:old], own["embedder.words.weight"])
+    assert apart["head.weight"].shape == apart["embedder.words.weight"].shape
     assert draft.public.max_dynamic_patch == 3
     assert draft.public.template == "internvl2_5"
     assert draft.public.image_token_id == draft.tokenizer.token_to_id("<IMG_CONTEXT>")

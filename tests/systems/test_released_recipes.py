@@ -194,18 +194,22 @@ def test_a_checkpoint_is_tuned_and_written_back(tmp_path, monkeypatch, name, to,
     assert changed == expected[name]
 
 
+@pytest.mark.parametrize("untie", [True, False])
 @pytest.mark.parametrize("name", ["sft", "sft_1b", "lora", "stage2_1b"])
-def test_a_model_with_tied_words_is_tuned(tmp_path, monkeypatch, name) -> None:
+def test_a_model_with_tied_words_is_tuned(tmp_path, monkeypatch, name, untie) -> None:
     """As Qwen2.5-0.5B and 3B have them: the chain from their parts ends where that of others ends."""
     vision = checkpoint(tmp_path / "vision", monkeypatch)
     language = words(tmp_path / "words", monkeypatch, tied=True)
     run_of(
-        small(released("stage1_1b"), model={"vision": str(vision), "language": str(language)}),
+        small(
+            released("stage1_1b"), model={"vision": str(vision), "language": str(language), "untie": untie}
+        ),
         tmp_path / "one",
     )
     recipe = small(released(name), model={"path": str(tmp_path / "one"), "preset": ""})
     trainer = run_of(recipe, tmp_path / "two")
     assert ("embedder.words.weight" in trainer.parameters) == (name != "lora")
+    assert ("head.weight" in trainer.parameters) == (name != "lora" and untie)
     job, _ = job_of(replace(recipe, data=released(name).data))
     assert job.trained == sum(p.numel() for p in trainer.parameters.values())
     export_run(tmp_path / "two", tmp_path / "out", "original")

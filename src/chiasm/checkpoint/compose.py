@@ -125,6 +125,7 @@ def compose(
     max_tiles: int = 12,
     downsample: float = 0.5,
     seed: int = 0,
+    untie: bool = True,
 ) -> Draft:
     """A model of an encoder, a language model and a projector drawn anew.
 
@@ -135,6 +136,8 @@ def compose(
         max_tiles: most tiles of a picture, for the config.
         downsample: side of the token grid over side of the patch grid.
         seed: of the projector and of new rows.
+        untie: give a language model with tied words an output matrix of its own, at first a copy (the release does so in
+            all sizes: its config has ``tie_word_embeddings`` false).
 
     Raises:
         CheckpointError, ConfigError: a part cannot be read.
@@ -146,9 +149,12 @@ def compose(
     named = {entry.native: entry for entry in opened.adapter.plan}
     words = opened.adapter.read(opened.reader, named[_WORDS])
     head = opened.adapter.read(opened.reader, named[_HEAD]) if _HEAD in named else None
+    if head is None and untie:
+        head = words.clone()
     grown = add_special_tokens(tokenizer, words, head, generator=torch.Generator().manual_seed(seed))
     _ = get_template(template).stop_ids(tokenizer)
-    decoder = replace(opened.language, vocab_size=grown.words_VC.shape[0])
+    tied = opened.language.tie_words and not untie
+    decoder = replace(opened.language, vocab_size=grown.words_VC.shape[0], tie_words=tied)
     stored = str(words.dtype).removeprefix("torch.")
     llm = opened.reader.config if opened.public is None else opened.public.to_original()["llm_config"]
     public = InternVLPublicConfig.from_original(
@@ -167,7 +173,7 @@ def compose(
             "template": template,
             "torch_dtype": stored,
             "vision_config": encoder.public,
-            "llm_config": {**llm, "vocab_size": decoder.vocab_size},
+            "llm_config": {**llm, "vocab_size": decoder.vocab_size, "tie_word_embeddings": tied},
         }
     )
     public = replace(

@@ -108,6 +108,8 @@ class FromParts:
     downsample: float = 0.5
     seed: int = 0
     """Of the projector and of the rows of new tokens."""
+    untie: bool = True
+    """Whether a language model with tied words gets an output matrix of its own, as in all released sizes."""
     vision_dtype: Stored = "bfloat16"
     language_dtype: Stored = "bfloat16"
 
@@ -124,6 +126,7 @@ class FromParts:
             max_tiles=self.max_tiles,
             downsample=self.downsample,
             seed=self.seed,
+            untie=self.untie,
         )
         # Its files are read as those of an original checkpoint: the language model's folder has none of pictures.
         opened = replace(
