@@ -136,8 +136,8 @@ def compose(
         max_tiles: most tiles of a picture, for the config.
         downsample: side of the token grid over side of the patch grid.
         seed: of the projector and of new rows.
-        untie: give a language model with tied words an output matrix of its own, at first a copy (the release does so in
-            all sizes: its config has ``tie_word_embeddings`` false).
+        untie: give a language model with tied words an output matrix of its own, at first a copy (the release does so
+            in all sizes: its config has ``tie_word_embeddings`` false).
 
     Raises:
         CheckpointError, ConfigError: a part cannot be read.
