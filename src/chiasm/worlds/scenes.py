@@ -86,6 +86,7 @@ class ScenesWorld(World):
     """
 
     family = "scenes"
+    version = 2
 
     def __init__(
         self,
