@@ -70,7 +70,13 @@ def test_wrong_calls_are_one_line(tmp_path):
         build("clips", tmp_path, n=1, clips="avi")
     with pytest.raises(DataError, match="unknown split"):
         build("scenes", tmp_path, split="val")
+    for wrong in ("size=-3", "size=0", "rounds=1.5", "seed=-1"):
+        with pytest.raises(DataError, match="give a whole number of at least"):
+            build("scenes", tmp_path, settings=[wrong])
     assert not list(tmp_path.iterdir())
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=r"file cannot be read or written \("):
+        build("scenes", tmp_path / "file", n=1)
 
 
 def test_the_command_prints_paths_or_json(tmp_path):

@@ -77,6 +77,13 @@ def test_clips(tmp_path, kind):
         assert apart <= {"frames": 0, "gif": 3, "mp4": 9}[kind]
 
 
+def test_a_shorter_clip_leaves_no_frames_of_a_longer_one(tmp_path):
+    for frames in (12, 8):
+        write_jsonl(ClipsWorld("test", size=1, frames=frames), tmp_path)
+        (folder,) = (tmp_path / "videos" / "clips_test").iterdir()
+        assert len(list(folder.iterdir())) == frames
+
+
 def test_a_stopped_write_goes_on_where_it_stood(tmp_path):
     world = CountingWorld("dev", size=12)
 

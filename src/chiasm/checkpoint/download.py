@@ -91,9 +91,13 @@ def fetch(repo: str, revision: str | None = None, *, stream: TextIO | None = Non
     folder = _snapshot(repo, asked, SMALL, None)
     _check_small(folder, repo, asked)
     weights = _weights(folder, repo)
-    with _drawn(repo, stream or sys.stderr) as bar:
-        folder = _snapshot(repo, folder.name, weights, bar, asked=asked)
+    # A commit's files never change: what is there is not asked about again (without a network, some versions of the
+    # library would try for half a minute first).
     missing = [name for name in weights if not (folder / name).is_file()]
+    if missing:
+        with _drawn(repo, stream or sys.stderr) as bar:
+            folder = _snapshot(repo, folder.name, weights, bar, asked=asked)
+        missing = [name for name in weights if not (folder / name).is_file()]
     if missing:
         raise CheckpointError(_why_missing(repo, folder.name, missing))
     for name in weights:

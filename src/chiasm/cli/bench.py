@@ -99,7 +99,7 @@ def evaluate_bench(
 def _ids(path: Path) -> list[str]:
     """Ids of a text file, one a line; UsageError when it cannot be read."""
     try:
-        return path.read_text(encoding="utf-8").split()
+        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--exclude {path}: cannot be read ({error})") from error
 

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from chiasm.cli.terminal import note
-from chiasm.errors import UsageError
+from chiasm.errors import DataError, UsageError
 
 __all__ = ["build", "build_command", "parse_settings"]
 
@@ -78,7 +78,7 @@ def build(
 
     Raises:
         UsageError: unknown format, malformed setting, or a value that is not of the option's type.
-        DataError: as ``open_world`` and the writers.
+        DataError: as ``open_world`` and the writers; or a file cannot be written.
     """
     from chiasm.worlds import open_world, write_coco, write_jsonl
 
@@ -98,12 +98,16 @@ def build(
     count = len(opened) if n is None else n
     files: dict[str, str] = {}
     for name in dict.fromkeys(formats):
-        if name == "internvl":
-            path = write_jsonl(
-                opened, target, count, images=_picture(images), clips=_clip(clips), progress=report
-            )
-        else:
-            path = write_coco(opened, target, count, images=_picture(images), progress=report)
+        try:
+            if name == "internvl":
+                path = write_jsonl(
+                    opened, target, count, images=_picture(images), clips=_clip(clips), progress=report
+                )
+            else:
+                path = write_coco(opened, target, count, images=_picture(images), progress=report)
+        except OSError as error:
+            place = error.filename or target
+            raise DataError(f"{place} cannot be read or written ({error.strerror or error})") from error
         files[name] = str(path)
     return {"world": world, "split": split, "samples": count, "files": files}
 

@@ -110,6 +110,12 @@ def open_world(family: str, split: str, **options: Any) -> World:
     for name in options:
         if name not in known:
             raise DataError(f"the world {family} has no option {name!r}: it has {', '.join(known)}")
+    for name, least in (("size", 1), ("rounds", 1), ("seed", 0)):
+        value = options.get(name)
+        if value is not None and (type(value) is not int or value < least):
+            raise DataError(
+                f"{name}={value!r} of the world {family}: give a whole number of at least {least}"
+            )
     return WORLDS[family](split, **options)
 
 

@@ -20,6 +20,7 @@ from chiasm.media.boxes import format_box, pixels_to_thousand
 from chiasm.worlds.sprites import TEXTURES
 
 __all__ = [
+    "CONTAINERS",
     "FAMILIES",
     "NUMBERS",
     "Plan",
@@ -35,6 +36,8 @@ __all__ = [
 FAMILIES = ("attribute", "counting", "relation", "comparison", "existence", "grounding", "caption")
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
 SIZES = ("small", "large")
+#: Shapes that another one can lie inside of.
+CONTAINERS = ("square", "circle")
 RELATIONS = ("left of", "right of", "above", "below", "inside", "overlapping")
 _OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 #: How much longer the one distance of two centres must be than the other for a direction to be clear.
@@ -243,16 +246,23 @@ def plan(
             return Plan(count=k)
         return Plan(count=count(max(1, k)), fixed=({key: value},) * k, without=(key, (value,)))
     if family == "relation":
+        # Of what others are asked about, as of what something lies inside of (see `_gives_away`).
+        vessel = ({}, {"shape": _one(rng, CONTAINERS)})
         if wished[0] == "where":
-            return Plan(count=count(2), nested=wished[1] == "inside")
+            nested = wished[1] == "inside"
+            return Plan(count=count(2), fixed=() if nested else vessel, nested=nested)
         if wished[0] == "is" and wished[2]:
             nested = wished[1] == "inside"
             return Plan(count=count(2), nested=nested, partial=wished[1] == "overlapping")
         if wished[0] == "is":
             crowd = count(2)  # a "no" about two objects of a picture in which others overlap
             other = crowd > 3 and bool(rng.integers(2))
+            inside = wished[1] == "inside"
             return Plan(
-                count=crowd, nested=other and wished[1] == "inside", partial=other and wished[1] != "inside"
+                count=crowd,
+                fixed=vessel if inside and not other else (),
+                nested=other and inside,
+                partial=other and not inside,
             )
         return Plan(count=2 + int(rng.integers(max(1, min(most, 4) - 1))))
     if family == "comparison":
@@ -350,7 +360,7 @@ def _ask_relation(wished: Wish, objects: Sequence[Thing], order: list[int], say:
     names = [refer(objects, k) for k in range(len(objects))]
     for a in order:
         for b in order:
-            if a == b or names[b] is None:
+            if a == b or names[b] is None or _gives_away(kind, relation, objects[a], objects[b]):
                 continue
             known = relations(objects[a]["box"], objects[b]["box"])
             if kind == "what":
@@ -396,6 +406,14 @@ def _ask_relation(wished: Wish, objects: Sequence[Thing], order: list[int], say:
                         facts=facts,
                     )
     return None
+
+
+def _gives_away(kind: str, relation: str, a: Thing, b: Thing) -> bool:
+    """Whether names alone would answer: only squares and circles have something inside, and never of their colour."""
+    hidden = kind == "where" or (kind == "is" and relation in ("inside", "overlapping"))
+    if not hidden:
+        return False
+    return a["colour"] == b["colour"] or (relation != "overlapping" and b["shape"] not in CONTAINERS)
 
 
 def _ask_comparison(wished: Wish, objects: Sequence[Thing], order: list[int], say: Any) -> Asked | None:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from chiasm.errors import DataError
-from chiasm.worlds.scene_questions import FAMILIES, Asked, Plan, ask, plan, wish
+from chiasm.worlds.scene_questions import CONTAINERS, FAMILIES, Asked, Plan, ask, plan, wish
 from chiasm.worlds.sprites import (
     ANGLES,
     COLOURS,
@@ -39,7 +39,6 @@ __all__ = ["FAMILIES", "ScenesWorld", "draw_objects", "object_masks", "pairs_of"
 SMALL, LARGE = (10, 13), (18, 23)
 _CONTAINER, _CONTENT = (22, 26), (9, 11)
 _GAP, _EDGE = 2, 1
-_ROUND = ("square", "circle")  # shapes that another one can lie inside of
 #: How many large objects find room beside the others.
 _MOST_LARGE = (0, 1, 2, 3, 2, 2, 1)
 
@@ -87,6 +86,7 @@ class ScenesWorld(World):
     """
 
     family = "scenes"
+    version = 2
 
     def __init__(
         self,
@@ -242,7 +242,7 @@ class ScenesWorld(World):
                 }
                 if wanted.nested and k < 2:
                     thing["size"] = ("large", "small")[k]
-                    if k == 0 and shape not in _ROUND:
+                    if k == 0 and shape not in CONTAINERS:
                         continue
                 elif large >= _MOST_LARGE[wanted.count]:
                     thing["size"] = "small"

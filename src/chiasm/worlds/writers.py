@@ -240,6 +240,11 @@ def _write_medium(
                 stream = io.BytesIO()
                 frame.save(stream, "PNG")
                 _replace(root / relative / f"{k:04d}.png", stream.getvalue())
+            for stale in (root / relative).glob(
+                "[0-9][0-9][0-9][0-9].png"
+            ):  # of a longer clip that was here before
+                if int(stale.stem) >= len(sample.image):
+                    stale.unlink()
         else:
             write_video(sample.image, root / relative, sample.fps)
         return "video", relative

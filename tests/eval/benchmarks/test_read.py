@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from chiasm.errors import ChiasmError, DataError, UsageError
+from chiasm.eval.benchmarks import run
 from chiasm.eval.benchmarks.items import Stored, data_hash, read_source
 from chiasm.eval.benchmarks.read import read_items
 from chiasm.eval.benchmarks.records import from_record, parse_list, read_answers
+from chiasm.eval.benchmarks.table import get_bench
 
 
 def png(shade: int = 0, size: tuple[int, int] = (6, 4)) -> bytes:
@@ -206,6 +208,9 @@ def test_pope_labels_by_order(tmp_path):
         ("random", "no"),
         ("popular", "no"),
     ]
+    # A question that is left out keeps its place among the labels.
+    left = read_items(questions, answers=folder, exclude=["random0"])
+    assert [(item.key, item.answers[0]) for item in left if item.category == "random"] == [("random1", "no")]
     lines(folder / "coco_pope_random.json", {"label": "yes"})
     with pytest.raises(DataError, match="no label is left for category 'random'"):
         read_items(questions, answers=folder)
@@ -326,6 +331,44 @@ def test_wrong_paths(tmp_path):
         read_source(str(tmp_path / "gone.png"), "t.jsonl:1")
 
 
+def test_hallusionbench_ids_are_unique_together(tmp_path):
+    rows = [
+        {
+            "category": "VD",
+            "subcategory": "ocr",
+            "set_id": s,
+            "figure_id": f,
+            "question_id": q,
+            "filename": "a.png",
+        }
+        | {"question": "Q?", "gt_answer": "1"}
+        for s in "01"
+        for f in "01"
+        for q in "01"
+    ]
+    (tmp_path / "h.json").write_text(json.dumps(rows))
+    items = read_items(tmp_path / "h.json")
+    assert len({item.key for item in items}) == 8
+    units = [run._units(get_bench("hallusionbench"), item) for item in items]
+    assert len({unit["figure"] for unit in units}) == len({unit["question"] for unit in units}) == 4
+    assert units[0] == {"figure": "VD_ocr_0_0", "question": "VD_ocr_0_0"}
+
+
+@pytest.mark.parametrize(
+    ("record", "letter"),
+    [
+        ({"candidates": ["a", "c", "b"], "answer": "c"}, "B"),  # letters that somebody wrote
+        ({"choices": ["C", "A", "B"], "answer": "A"}, "B"),
+        ({"candidates": ["a dog", "a cat"], "answer": "B"}, "B"),
+        ({"options": ["C", "A", "B"], "answer": "A"}, "A"),  # MMMU's answers are letters
+        ({"A": "C", "B": "A", "answer": "A"}, "A"),
+    ],
+)
+def test_letter_of_options_that_are_letters(tmp_path, record, letter):
+    (item,) = read_items(lines(tmp_path / "t.jsonl", {"question": "Q?"} | record))
+    assert item.letter == letter
+
+
 def test_hash_covers_what_is_asked(tmp_path):
     (tmp_path / "a.png").write_bytes(png(1))
     record = {"image": "a.png", "question": "Q?", "answer": "x", "id": 1}
@@ -333,7 +376,8 @@ def test_hash_covers_what_is_asked(tmp_path):
     assert (
         data_hash(read_items(lines(tmp_path / "other.jsonl", record))) == base
     )  # the name of the file does not count
-    for change in ({"question": "R?"}, {"answer": "y"}, {"options": ["x", "y"]}):
+    changes = ({"question": "R?"}, {"answer": "y"}, {"options": ["x", "y"]}, {"bbox": [1, 2, 3, 4]})
+    for change in changes:
         assert data_hash(read_items(lines(tmp_path / "t.jsonl", record | change))) != base
     (tmp_path / "a.png").write_bytes(png(2))
     assert data_hash(read_items(lines(tmp_path / "t.jsonl", record))) != base

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from chiasm.errors import ConfigError, DataError, ImageError, UsageError
+from chiasm.eval.benchmarks import run
 from chiasm.eval.benchmarks.items import Item
 from chiasm.eval.benchmarks.run import Settings, messages_of, run_bench
 from chiasm.eval.benchmarks.scoring import SCORERS, Asked
@@ -235,6 +236,19 @@ def test_what_is_asked(tmp_path):
     run_bench(model, get_bench("mmmu"), [both, replace(both, key="1")], Settings(mode="original"))
     shown = [part["image"].size for part in model.asked[0][0]]
     assert shown == [(40, 20), (20, 10)]
+    # So that replies of one mode are no replies of the other.
+    model = Says(lambda text, seed: "A")
+    for mode in ("chiasm", "original", "original"):
+        run_bench(model, get_bench("mmmu"), [both, replace(both, key="1")], Settings(mode=mode), out=tmp_path)
+    assert [len(model.asked), model.asked[2][0][0]["image"].size] == [4, (40, 20)]
+
+
+def test_rotations_are_told_in_folders_too():
+    bench = get_bench("mmbench")
+    circles = [
+        run._units(bench, item(0, key=key))["circle"] for key in ("7", "1000007", "en/7", "en/2000007", "x")
+    ]
+    assert circles == ["7", "7", "en/7", "en/7", "x"]
 
 
 def test_frames_of_videos(tmp_path):
@@ -275,6 +289,14 @@ def test_errors_say_where():
         run_bench(Says(None), get_bench("pope"), [item(0, answers=("maybe",))])
     with pytest.raises(DataError, match=r"t\.jsonl:1 needs bbox"):
         run_bench(Says(None), get_bench("refcoco"), [item(0)])
+    for wrong in ({"bbox": [0, 0, 1, 1], "width": 0}, {"bbox": [0, 0, float("nan"), 1], "width": 4}):
+        with pytest.raises(DataError, match=r"t\.jsonl:1 needs bbox"):
+            run_bench(Says(None), get_bench("refcoco"), [item(0, facts={"height": 4} | wrong)])
+    odd = item(0, facts={"answer_type": "float", "precision": float("inf")}, answers=("2",))
+    assert run_bench(Says(lambda *a: "2.0"), get_bench("mathvista"), [odd]).headline.value == 1.0
+    film = item(0, images=(), video="gone.mp4", options={"A": "x"}, letter="A")
+    with pytest.raises(DataError, match=r"^t\.jsonl:1: there is no video gone\.mp4"):
+        run_bench(Says(None), get_bench("video_mcq"), [film])
     broken = item(0, images=(b"not a picture",), **good)
     with pytest.raises(ImageError, match=r"^t\.jsonl:1: "):
         run_bench(Says(None), get_bench("docvqa"), [broken])

@@ -1,10 +1,13 @@
 r"""Final answers in long replies."""
 
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from chiasm.errors import ConfigError
+from chiasm.eval.metrics.choices import parse_choice
 from chiasm.eval.metrics.extract import checked_mode, final_answer
 
 
@@ -33,6 +36,18 @@ from chiasm.eval.metrics.extract import checked_mode, final_answer
 def test_found(reply, text, how):
     found = final_answer(reply)
     assert (found.text, found.how) == (text, how)
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    "reply", ["answer" + " " * 60_000 + "x", "\\boxed{" * 8_000, "A" + "\n" * 60_000 + "so"]
+)
+def test_a_reply_that_loops_is_read_at_once(reply):
+    """What a model writes that never stops: quadratic time would be minutes."""
+    began = time.process_time()
+    assert not final_answer(reply).marked
+    assert parse_choice(reply, {"B": "blue", "C": "red"}) is None
+    assert time.process_time() - began < 2
 
 
 def test_released_rule_takes_the_first_marker():

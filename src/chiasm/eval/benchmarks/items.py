@@ -100,7 +100,8 @@ def checked_items(items: Iterable[Item], limit: int | None = None) -> list[Item]
 
 
 def data_hash(items: Sequence[Item]) -> str:
-    """Hash of what is asked, in order: questions, answers, options, clips, and the bytes of every picture.
+    """Hash of what is asked, in order: questions, answers, options, clips, what metrics need (right boxes, …), and
+    the bytes of every picture.
 
     Each distinct picture is read once; of a video, whose bytes may be many gigabytes, name and size count.
     """
@@ -138,7 +139,9 @@ def data_hash(items: Sequence[Item]) -> str:
             video,
         ]
         digest.update(
-            json.dumps([*asked, item.clip, item.category], ensure_ascii=False).encode("utf-8", "replace")
+            json.dumps(
+                [*asked, item.clip, item.category, dict(item.facts)], ensure_ascii=False, default=str
+            ).encode("utf-8", "replace")
         )
     return digest.hexdigest()
 

@@ -61,14 +61,17 @@ def read_items(
         raise UsageError(f"--data {data}: there is no such file or folder")
     left_out = {str(key) for key in exclude}
     found = _folder(path, root, prefer) if path.is_dir() else _file(path, root or path.parent, prefer)
-    items = (item for item in found if item.key not in left_out)
     if answers is None:
-        return checked_items(items, limit)
+        return checked_items((item for item in found if item.key not in left_out), limit)
     given = Path(answers).expanduser()
     if not given.exists():
         raise UsageError(f"--answers {answers}: there is no such file or folder")
-    join = _Labels(given) if given.is_dir() else _Joined(given)
-    return checked_items((join(item) for item in items), limit)
+    if given.is_dir():  # labels go by order, so that a question that is left out has one too
+        labels = _Labels(given)
+        joined = (item for item in map(labels, found) if item.key not in left_out)
+    else:
+        joined = map(_Joined(given), (item for item in found if item.key not in left_out))
+    return checked_items(joined, limit)
 
 
 def _file(path: Path, root: Path, prefer: Sequence[str], **more: Any) -> Iterator[Item]:

@@ -38,6 +38,8 @@ _CATEGORY = (
     "subfield",
     "split",
 )
+#: HallusionBench's ids: a question of a set, asked about a figure of the set. Alone, none of them is unique.
+_HALLUSION = ("set_id", "figure_id", "question_id")
 _FACTS = (
     *(
         "bbox",
@@ -47,8 +49,7 @@ _FACTS = (
         "precision",
         "question_type",
         "dataset_name",
-        "set_id",
-        "figure_id",
+        *_HALLUSION,
     ),
     *("l2-category", "subcategory", "g_index"),
 )
@@ -97,6 +98,10 @@ def from_record(
         )
     options = _options(record, where)
     found_key = _first(record, KEYS)
+    if all(_holds(record.get(name)) for name in _HALLUSION):
+        found_key = "_".join(
+            str(record[name]) for name in ("category", "subcategory", *_HALLUSION) if _holds(record.get(name))
+        )
     facts = {name: _plain(record[name]) for name in _FACTS if _holds(record.get(name))}
     kind = _first(record, _CATEGORY)
     item = Item(
@@ -108,7 +113,12 @@ def from_record(
         video=video,
         clip=_clip(record, where),
         options=options,
-        letter=_letter(answers, options, _first(record, _ANSWER)),
+        letter=_letter(
+            answers,
+            options,
+            _first(record, _ANSWER),
+            texts=not _holds(record.get("options")) and _listed(record),
+        ),
         hint=_text(record.get("hint")) or _text(record.get("context")),
         category=str(kind) if kind is not None and not isinstance(kind, list | dict) else category,
         group=_group(sources, video, str(key if found_key is None else found_key)),
@@ -245,17 +255,24 @@ def _options(record: Mapping[str, Any], where: str) -> dict[str, str]:
     return {letter: _cell(record[letter]) for letter in _LETTERS if _holds(record.get(letter))}
 
 
-def _letter(answers: Sequence[str], options: Mapping[str, str], raw: Any) -> str:
-    """Letter of the right option: named, counted from 0, or by its text."""
+def _listed(record: Mapping[str, Any]) -> bool:
+    """Whether the options stand in a list of texts to which answers are texts too (MVBench, MathVista)."""
+    return any(_holds(record.get(name)) for name in ("choices", "candidates"))
+
+
+def _letter(answers: Sequence[str], options: Mapping[str, str], raw: Any, *, texts: bool) -> str:
+    """Letter of the right option: named, counted from 0, or by its text, which comes first if `texts`: options may be
+    letters themselves ("a", "c", "b").
+    """
     if not answers or not options:
         return ""
     if isinstance(raw, int) and not isinstance(raw, bool):
         return list(options)[raw] if 0 <= raw < len(options) else ""
     said = answers[0].strip()
     bare = said.strip("()[]. ").upper()
-    if bare in options and len(said) <= 3:
-        return bare
     equal = [letter for letter, text in options.items() if text.strip() == said]
+    if bare in options and len(said) <= 3 and not (texts and len(equal) == 1):
+        return bare
     return equal[0] if len(equal) == 1 else ""
 
 

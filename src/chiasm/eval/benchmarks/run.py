@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from chiasm.errors import ChiasmError, ConfigError, UsageError
+from chiasm.errors import ChiasmError, ConfigError, DataError, UsageError
 from chiasm.eval.benchmarks.items import Item, data_hash, read_source
 from chiasm.eval.benchmarks.scoring import Asked
 from chiasm.eval.benchmarks.table import COT_TOKENS, Bench
@@ -111,7 +111,7 @@ def run_bench(
     manifest = _manifest(bench, items, settings, prompts, frames, model, about or {}, environment or {})
     spec = getattr(model, "spec", None)
     orient = spec.tiles.orient if spec is not None else True
-    upscale = bench.upscale if settings.mode == "original" else 1
+    upscale = _upscale(bench, settings)
 
     def conversation(n: int) -> list[dict[str, Any]]:
         return messages_of(items[n], prompts, frames=frames, orient=orient, upscale=upscale)
@@ -191,6 +191,10 @@ def messages_of(
             picture = picture.resize(size, pil.Resampling.BILINEAR)
         parts.append({"type": "image", "image": picture})
     if item.video is not None:
+        if not Path(item.video).exists():
+            raise DataError(
+                f"{item.where}: there is no video {item.video}: give the folder of videos with --images"
+            )
         part: dict[str, Any] = {"type": "video", "video": item.video}
         if frames is not None:
             part |= {"mode": "middle", "frames": frames}
@@ -314,14 +318,12 @@ def _units(bench: Bench, item: Item) -> dict[str, str]:
     """Other questions that must be right with this one."""
     if bench.scorer == "circular":
         # VLMEvalKit numbers the rotations of question n as n, n + 1000000, n + 2000000, …
-        return {"circle": str(int(item.key) % 1_000_000) if item.key.isdigit() else item.key}
+        head, slash, number = item.key.rpartition("/")  # of a folder, keys begin with the file's name
+        return {"circle": f"{head}{slash}{int(number) % 1_000_000}" if number.isdecimal() else item.key}
     if bench.scorer == "hallusion":
-        kind, parts = (
-            item.facts.get("l2-category") or item.facts.get("subcategory") or "",
-            item.key.split("_"),
-        )
+        kind = item.facts.get("l2-category") or f"{item.category}_{item.facts.get('subcategory', '')}"
+        parts = item.key.split("_")
         ids = [item.facts.get(name) for name in ("set_id", "figure_id", "question_id")]
-        ids[2] = ids[2] if ids[2] is not None else None
         if ids[0] is None and len(parts) >= 6:  # VLMEvalKit puts them into the index
             ids = list(parts[3:6])
         if ids[0] is None or ids[1] is None:
@@ -355,7 +357,9 @@ def _manifest(
         sampling = {"temperature": settings.temperature, "top_p": settings.top_p, "votes": settings.votes}
         decoding = {"kind": "sampling", "max_new_tokens": limit} | sampling
     facts = dict(about)
-    tiles = facts.pop("tiles", {})
+    tiles = dict(facts.pop("tiles", {}))
+    if (upscale := _upscale(bench, settings)) > 1:  # another picture is shown: old replies must not be reused
+        tiles["upscale"] = upscale
     used = [p.to_dict() for p in dict.fromkeys(prompts)]
     scorer = bench.scoring
     return Manifest(
@@ -372,6 +376,11 @@ def _manifest(
         versions=dict(environment.get("versions", {})),
         environment={k: v for k, v in environment.items() if k != "versions"},
     )
+
+
+def _upscale(bench: Bench, settings: Settings) -> int:
+    """How much the first picture is enlarged before it is cut into tiles."""
+    return bench.upscale if settings.mode == "original" else 1
 
 
 def _part(bench: Bench, settings: Settings, frames: int | None) -> str:

@@ -7,9 +7,10 @@ the answer) and knows whether the reply is a chain of thought, which must declar
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 from chiasm.errors import DataError
 from chiasm.eval.benchmarks.items import Item
@@ -129,7 +130,7 @@ def _mathvista(reply: str, item: Item, asked: Asked) -> str | None:
         reply,
         choices=list(item.options.values()),
         answer_type=str(item.facts.get("answer_type", "text")),
-        precision=int(precision) if isinstance(precision, int | float) and precision == precision else 0,
+        precision=int(precision) if _finite(precision) else 0,
         mode=asked.mode,
     )
 
@@ -166,11 +167,14 @@ def _mmmu_grade(value: Value, item: Item, asked: Asked) -> float:
 
 def _box_grade(value: Sequence[float], item: Item, asked: Asked) -> float:
     box, width, height = (item.facts.get(name) for name in ("bbox", "width", "height"))
-    whole = isinstance(box, list) and len(box) == 4 and all(isinstance(x, int | float) for x in box)
-    if not whole or not isinstance(width, int | float) or not isinstance(height, int | float):
+    whole = isinstance(box, list) and len(box) == 4 and all(map(_finite, box))
+    if box is None or not whole or not _finite(width) or not _finite(height) or min(width, height) <= 0:
         raise DataError(f"{item.where} needs bbox [x1, y1, x2, y2] in pixels, width and height")
-    assert isinstance(box, list)
     return float(grounding_iou(value, box, width, height) >= THRESHOLD)
+
+
+def _finite(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _label(item: Item) -> str:

@@ -56,7 +56,4 @@ def _similarity(prediction: str, answer: str, mode: str) -> float:
     else:
         given, wanted = (" ".join(text.lower().split()) for text in (prediction, answer))
     longest = max(len(prediction), len(answer)) if mode == "original" else max(len(given), len(wanted))
-    # A prediction that differs much in length is far off whatever its letters are: not worth the table.
-    if abs(len(given) - len(wanted)) > longest:
-        return 0.0
     return 1.0 - levenshtein(given, wanted) / longest if longest else 1.0

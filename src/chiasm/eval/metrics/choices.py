@@ -29,7 +29,7 @@ CHOICES_VERSION = 1
 _ENDS = ",.!?;:'"
 # A whole reply that is one letter: "b", "(B)", "B.", "Option B", "B: the red one", "**B**".
 _WHOLE = re.compile(
-    r"[\s*_`(\[（]*(?:option|choice)?\s*[(\[（]?([A-Za-z])\s*(?:[)\].:：、，,）*_`]+(?P<rest>.*))?\s*",
+    r"[\s*_`(\[（]*+(?:(?:option|choice)\s*[(\[（]?)?([A-Za-z])(?:\s*[)\].:：、，,）*_`]++(?P<rest>.*))?\s*",
     re.DOTALL | re.I,
 )
 _BRACKET = re.compile(r"[(\[（]\s*([A-Z])\s*[)\]）]")

@@ -25,12 +25,14 @@ Mode = Literal["chiasm", "original"]
 # "The answer is: 4", "**Final Answer:** 4", "### Answer\n4" are all in use; a colon is asked for unless "is" stands
 # there.
 _MARKER = re.compile(
-    r"(?:final\s+answer|answer)\s*(?:\*\*|__)?\s*(?::|：|\bis\b\s*:?)\s*(?:\*\*|__)?[ \t]*|(?:最终)?答案\s*[:：是]\s*",
+    r"(?:final\s+answer|answer)\s*+(?:(?:\*\*|__)\s*+)?(?::|：|\bis\b\s*:?)\s*(?:\*\*|__)?[ \t]*"
+    r"|(?:最终)?答案\s*[:：是]\s*",
     re.IGNORECASE,
 )
-_HEADING = re.compile(r"^\s*#{1,6}\s*(?:final\s+)?answer\s*$", re.IGNORECASE | re.MULTILINE)
+_HEADING = re.compile(r"^[ \t]*+#{1,6}\s*(?:final\s+)?answer\s*$", re.IGNORECASE | re.MULTILINE)
 _ORIGINAL = re.compile(r"(Final answer:|Answer:)\s*(.*)", re.IGNORECASE)
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
+_BRACE = re.compile(r"(?<!\\)[{}]")
 _TEXT = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}")
 _LETTER = re.compile(r"[\s*_(\[]*([A-Za-z])[\s*_)\].:]*")
 
@@ -87,15 +89,19 @@ def _first_line(text: str) -> str:
 
 
 def _last_boxed(text: str) -> str | None:
-    r"""What the last closed \\boxed holds, braces balanced."""
-    for opened in reversed(list(_BOXED.finditer(text))):
-        depth = 1
-        for at in range(opened.end(), len(text)):
-            if text[at] in "{}" and text[at - 1] != "\\":
-                depth += 1 if text[at] == "{" else -1
-                if depth == 0:
-                    inner = _TEXT.sub(r"\1", text[opened.end() : at]).strip().strip("$").strip()
-                    if inner:
-                        return inner
-                    break
+    r"""What the last closed \\boxed holds, braces balanced; one pass, however many are opened and never closed."""
+    opened = {match.end() for match in _BOXED.finditer(text)}
+    if not opened:
+        return None
+    begun: list[int] = []
+    closed: list[tuple[int, int]] = []
+    for brace in _BRACE.finditer(text):
+        if brace[0] == "{":
+            begun.append(brace.end())
+        elif begun and (begin := begun.pop()) in opened:
+            closed.append((begin, brace.start()))
+    for begin, end in sorted(closed, reverse=True):
+        inner = _TEXT.sub(r"\1", text[begin:end]).strip().strip("$").strip()
+        if inner:
+            return inner
     return None
