@@ -31,7 +31,7 @@ from chiasm.data.layout import prompt_text
 from chiasm.errors import DataError, UsageError
 from chiasm.eval.controls import COUNTED, blank_like, derangement, fashion_linear, grey_level, majority
 from chiasm.eval.metrics import PARSER_VERSION, compare, exact_match, score
-from chiasm.eval.metrics.grounding import parse_box
+from chiasm.eval.metrics.grounding import GROUNDING_VERSION, parse_box
 from chiasm.eval.store import Store
 from chiasm.media.boxes import format_box, iou
 from chiasm.worlds import Sample, World, open_world
@@ -184,7 +184,7 @@ class _Family:
             "seed": SEED,
             "decoding": {"kind": "greedy", "max_new_tokens": self.tokens, "batch": batch},
             "parser": {"version": PARSER_VERSION, "numbers": self.numbers}
-            | ({"boxes": "first box, IoU >= 0.5"} if self.boxes else {}),
+            | ({"boxes": "first box, IoU >= 0.5", "grounding": GROUNDING_VERSION} if self.boxes else {}),
             "prompt": None if spec is None else prompt_text(self.items[0].to_message(answered=False), spec),
             "data": {"world": world.manifest(), "hash": _hash_items(self.items)},
         }
