@@ -189,6 +189,8 @@ HI = {"from": "human", "value": "Hi"}
         ({"a": 1, "b": 2}, None, "W: has no messages, conversations, texts or caption: found only 'a', 'b'"),
         ({"conversations": []}, None, "W.conversations must be a list with at least one turn"),
         ({"conversations": "{["}, None, "W.conversations is a string that is not JSON"),
+        ({"conversations": "[" * 100_000}, None, "W.conversations is a string that is no usable JSON"),
+        ({"messages": f"[{'1' * 5000}]"}, None, "W.messages is a string that is no usable JSON"),
         (
             {"conversations": [HI], "images": ["a", "b"], "system": 3},
             None,

@@ -277,7 +277,11 @@ def _decoded(row: dict[str, Any], key: str, where: str) -> dict[str, Any]:
     try:
         return {**row, key: json.loads(row[key])}
     except json.JSONDecodeError as error:
-        raise DataError(f"{where}.{key} is a string that is not JSON ({error.msg})") from error
+        raise DataError(
+            f"{where}.{key} is a string that is not JSON ({error.msg}); write a list of turns"
+        ) from error
+    except (ValueError, RecursionError) as error:  # a number of too many digits; lists in lists without end
+        raise DataError(f"{where}.{key} is a string that is no usable JSON; write a list of turns") from error
 
 
 def _plain(image: Any) -> bool:
