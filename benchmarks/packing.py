@@ -39,7 +39,7 @@ def main() -> None:
     for rule in ("tiles", "tokens"):
         with (
             mock.patch.object(Packer, "_fullest", lambda self, rule=rule: most(self, rule)),
-            mock.patch.object(Packer, "_overdue", lambda self: None),  # the rule alone
+            mock.patch.object(Packer, "_overdue", return_value=None),  # the rule alone
         ):
             found = simulate(items, **limits)
         print(
