@@ -70,7 +70,7 @@ Key = tuple[str | int, ...]
 POOR = 256
 """A piece with labels on at most one in so many rows is dropped (released code)."""
 
-PATIENCE = 20
+PATIENCE = 5
 """With best_fit a pack goes once so many times `buffer` packs were opened behind it."""
 
 
