@@ -30,6 +30,12 @@ def test_version(run: Run) -> None:
     assert run("--version").out == f"chiasm {chiasm.__version__}\n"
 
 
+def test_the_module_leaves_with_the_status_of_the_command() -> None:
+    """torchrun starts it so, and must see that a run failed."""
+    command = [sys.executable, "-m", "chiasm", "no-such-verb"]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 2
+
+
 def test_help_is_quick_and_loads_nothing_heavy() -> None:
     code = (
         "import sys, time; start = time.process_time()\n"

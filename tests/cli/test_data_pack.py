@@ -116,6 +116,32 @@ def test_text_for_people(data: Path) -> None:
     assert " cuts, " in split
 
 
+def test_videos_take_the_frames_that_training_draws(tmp_path: Path, spec: LayoutSpec) -> None:
+    film = tmp_path / "film"
+    film.mkdir()
+    for n in range(40):
+        Image.new("RGB", (8, 8), (n, 0, 0)).save(film / f"{n:02}.png")
+    talk = [{"from": "human", "value": "<video>\nWhat?"}, {"from": "gpt", "value": "Red."}]
+    path = tmp_path / "v.jsonl"
+    path.write_text((json.dumps({"video": "film", "conversations": talk}) + "\n") * 20)
+    words = [str(path), "--root", str(tmp_path), "--max-tiles", "0", "--json"]
+
+    def tiles(*more: str) -> dict:
+        ran = CliRunner().invoke(app, [*words, *more], catch_exceptions=False)
+        return json.loads(ran.stdout)["tiles"]
+
+    found = tiles()
+    assert 8 <= found["median"] < found["max"] <= 32
+    assert tiles("--min-frames", "5", "--max-frames", "5") == {
+        "mean": 5.0,
+        "median": 5,
+        "p95": 5,
+        "max": 5,
+    } | {"bins": [["4-7", 20]]}
+    with pytest.raises(UsageError, match="--max-frames 4 is below --min-frames 8"):
+        tiles("--max-frames", "4")
+
+
 def test_failures_are_lines(data: Path, tmp_path: Path) -> None:
     for option, value in (("--method", "worst"), ("--overflow", "ignore"), ("--resampling", "cube")):
         with pytest.raises(UsageError, match=f"{option} '{value}' is unknown: use "):

@@ -238,6 +238,12 @@ def test_bad_members_are_named(tmp_path):
             ("4.txt", b"\xff"),
             ("5.json", good),
             ("5.json", good),
+            ("51.mp4", b"film"),
+            ("51.txt", b"A dog runs."),
+            ("52.heic", b"photo"),
+            ("52.json", good),
+            ("53.cls", b"7"),
+            ("53.json", good),
             ("6.json", good + b" " * 9000),
         ],
     )
@@ -252,13 +258,17 @@ def test_bad_members_are_named(tmp_path):
     ]:
         with pytest.raises(DataError, match=rf"^a\.tar:{n}.*({said})"):
             dataset.record(n)
-    assert texts(dataset.record(3)) == ["Hi"]
-    assert texts(dataset.record(6)) == ["Hi"]
+    # A text without the video or picture that it is about says another thing.
+    for n, said in [(6, r"51\.mp4: cannot be read from a shard"), (7, r"52\.heic: cannot be read")]:
+        with pytest.raises(DataError, match=rf"^a\.tar:{said}"):
+            dataset.record(n)
+    for n in (3, 8, 9):
+        assert texts(dataset.record(n)) == ["Hi"]
     path.write_bytes(whole[: whole.index(good + b" " * 9000) + 1000])
     cut = DatasetSpec(annotation=str(path)).open("a")
     assert texts(cut.record(3)) == ["Hi"]
     with pytest.raises(DataError, match=r"^a\.tar:6: is cut off"):
-        cut.record(6)
+        cut.record(9)
 
 
 @pytest.mark.parametrize(("mode", "name"), [("w:gz", "gzip"), ("w:bz2", "bzip2"), ("w:xz", "xz")])
@@ -318,7 +328,9 @@ def test_parquet_rows_of_every_kind(tmp_path):
 def test_few_row_groups_stay_in_memory(tmp_path, monkeypatch, caplog):
     from chiasm.data.formats import parquet
 
-    write_parquet(tmp_path / "a.parquet", [{"caption": "x" * 1000} for _ in range(100)], row_group_size=10)
+    write_parquet(
+        tmp_path / "a.parquet", [{"caption": "x" * 1000, "image": "a"} for _ in range(100)], row_group_size=10
+    )
     dataset = DatasetSpec(annotation=str(tmp_path / "a.parquet")).open("a")
     monkeypatch.setattr(parquet, "GROUP_BYTES", 25_000)
     for n in range(0, 100, 10):
@@ -511,3 +523,14 @@ def test_a_path_is_a_meta_file_or_a_set(tmp_path):
     ]:
         (tmp_path / name).write_text(text)
         assert list(read_specs(tmp_path / name)) == [name.split(".")[0]]
+
+
+def test_a_name_that_no_file_can_have_is_not_there(tmp_path):
+    meta = tmp_path / "meta.json"
+    meta.write_text(json.dumps({"a": {"annotation": "x" * 5000, "root": "y" * 5000}}))
+    (spec,) = read_specs(meta).values()
+    with pytest.raises(DataError, match="no such file; check the path"):
+        spec.open("a")
+    (spec,) = read_specs("x" * 5000 + ".json").values()
+    with pytest.raises(DataError, match="no such file; check the path"):
+        spec.open("a")

@@ -11,10 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from chiasm.data.feed import PackedFeed, SetOptions
-from chiasm.data.layout import LayoutSpec, layout
+from chiasm.data.feed import PackedFeed, Part, SetOptions
+from chiasm.data.layout import LayoutSpec, layout, measure
 from chiasm.data.message import Record, Turn
-from chiasm.data.packing import Packer
+from chiasm.data.packing import Pack, Packer, Piece
 from chiasm.data.sequence import IGNORE, Sequence
 from chiasm.errors import ConfigError, DataError, MissingExtraError, UsageError
 from chiasm.media.frames import FrameSampling
@@ -355,6 +355,25 @@ def test_files_that_changed_are_noticed() -> None:
     ((where, reason),) = feed.quarantine.listed
     assert where == f"a.jsonl:{index + 1}"
     assert reason.endswith("its files have changed")
+
+
+def test_a_picture_that_lies_across_a_cut_by_now_is_a_bad_sample() -> None:
+    wide, square = Image.new("RGB", (32, 8)), Image.new("RGB", (8, 8))
+
+    def row(*pictures: Image.Image) -> Record:
+        return Record(turns=(Turn.of("user", "which?", pictures), Turn.of("assistant", "this one")))
+
+    data = {"a": Rows("a", [row(wide, square)])}
+    feed = make(data, lanes=1, packs=1)
+    found = measure(data["a"].rows[0], spec_free(), train=True)
+    stop = found.cuts[1][0]  # before the second picture
+    handle = Part((Pack((Piece(("a", 0, 0), 0, stop, found.cuts[0][2], found.tokens),)),))
+    assert len(feed.load(handle, step=0, part=0)) == stop
+    data["a"].rows[0] = row(square, wide)  # as long as before
+    assert feed.load(handle, step=0, part=0) is None
+    ((where, reason),) = feed.quarantine.listed
+    assert where == "a.jsonl:1"
+    assert "cut the image" in reason
 
 
 def test_measures_are_remembered() -> None:

@@ -10,12 +10,14 @@ from chiasm.data.datasets import DatasetSpec
 from chiasm.data.filters import (
     All,
     DuplicateLines,
+    Loops,
     ModelScore,
     Repetition,
     SentenceLength,
     Verdict,
     ZeroRuns,
     judge_all,
+    loop_share,
     ngram_repetition,
     read_reviews,
     read_scores,
@@ -57,6 +59,20 @@ def test_what_the_release_counts_and_what_it_misses():
     assert Repetition().judge(Record(turns=(Turn.of("user", twice),))) == Verdict(
         score=0
     )  # answers alone count
+
+
+def test_loops_are_what_the_linter_finds():
+    words = [f"w{n}" for n in range(200)]
+    assert loop_share(" ".join(words)) == 0
+    assert loop_share("a b c " * 100) > 0.95
+    assert loop_share("short " * 9) == 0
+    assert 0.3 < loop_share(" ".join(words[:100] * 2)) < 0.6
+    chinese = answer("一只猫坐在垫子上看着窗外的鸟。" * 20)
+    assert Repetition().judge(chinese).keep
+    assert Loops().judge(chinese).reason == "loops: 0.95 of its 10-grams occurred before"
+    verdict = Loops().judge(answer("a cat on a mat and " * 40))
+    assert (verdict.keep, verdict.review) == (False, True)
+    assert Loops().judge(answer("A cat.")).keep
 
 
 # Heuristics ------------------------------------------------------------------------------------------------------
@@ -187,6 +203,7 @@ def test_keys_tell_conversations_apart():
         (Repetition, {"n": 0}),
         (Repetition, {"threshold": 2}),
         (Repetition, {"action": "drop"}),
+        (Loops, {"threshold": -1}),
         (SentenceLength, {"longest": 0}),
         (ZeroRuns, {"most": 0}),
         (DuplicateLines, {"share": -1}),

@@ -29,7 +29,7 @@ from chiasm.data.lint import (
 from chiasm.data.lint_rules import RULES
 from chiasm.data.lint_sample import Reader, picture_hash
 from chiasm.data.lint_sets import DigestTable, Seen, script_of
-from chiasm.data.lint_text import markers_of, repetition
+from chiasm.data.lint_text import markers_of
 from chiasm.errors import ChiasmError, ConfigError
 from chiasm.text.templates import TEMPLATES
 
@@ -396,14 +396,6 @@ def test_looks_survive_resizing_and_tell_pictures_apart() -> None:
     from PIL import Image
 
     assert picture_hash(Image.new("RGB", (50, 50), "white")) is None
-
-
-def test_repetition() -> None:
-    words = [f"w{n}" for n in range(200)]
-    assert repetition(" ".join(words)) == 0
-    assert repetition("a b c " * 100) > 0.95
-    assert repetition("short " * 9) == 0
-    assert 0.3 < repetition(" ".join(words[:100] * 2)) < 0.6
 
 
 def test_markers_of_templates() -> None:

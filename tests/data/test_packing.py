@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
+from unittest import mock
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from chiasm.data import packing
 from chiasm.data.packing import POOR, Item, Pack, Packer, Piece, example_items, simulate
 from chiasm.errors import ConfigError, DataError
 
@@ -127,6 +129,7 @@ def test_a_restored_packer_goes_on_as_the_first_one(stream, how, data):
 def slow_best_fit(stream, buffer):
     """The rule word for word, over a plain list: the longest pack that the sample fits into."""
     opened, done = [], []
+    behind = {}  # how many packs were opened behind each
     for item in stream:
         if item.tokens > TOKENS or item.tiles > TILES:
             continue
@@ -142,10 +145,13 @@ def slow_best_fit(stream, buffer):
         else:
             pack = []
             opened.append(pack)
+            behind = {id(p): behind.get(id(p), -1) + 1 for p in opened}
         pack.append(item)
         if sum(i.tokens for i in pack) == TOKENS:
             opened.remove(pack)
             done.append(pack)
+        elif not fitting and behind[id(opened[0])] >= packing.PATIENCE * buffer:
+            done.append(opened.pop(0))
         elif len(opened) > buffer:
             limited = [pack for pack in opened if sum(i.tiles for i in pack) == TILES]
             pool = limited if len(limited) > buffer / 2 else opened
@@ -157,10 +163,23 @@ def slow_best_fit(stream, buffer):
 
 
 @settings(max_examples=50)
-@given(items(), st.sampled_from([1, 3]))
-def test_best_fit_equals_its_slow_twin(stream, buffer):
-    packs, *_ = run(make(buffer=buffer), stream)
-    assert [[piece.key for piece in pack.pieces] for pack in packs] == slow_best_fit(stream, buffer)
+@given(items(), st.sampled_from([1, 3]), st.sampled_from([1, 20]))
+def test_best_fit_equals_its_slow_twin(stream, buffer, patience):
+    with mock.patch.object(packing, "PATIENCE", patience):
+        packs, *_ = run(make(buffer=buffer), stream)
+        assert [[piece.key for piece in pack.pieces] for pack in packs] == slow_best_fit(stream, buffer)
+
+
+def test_no_sample_waits_for_ever():
+    """Packs at the limit of tiles that are shorter than all later ones are never the longest."""
+    packer = make(buffer=4)
+    waited, given_out = 0, set()
+    for n in range(1000):
+        for pack in packer.push(Item((n,), 20 if n in (3, 5, 8) else 30, 6)).packs:
+            given_out |= {piece.key[0] for piece in pack.pieces}
+            waited = max(waited, *(n - piece.key[0] for piece in pack.pieces))
+    assert {3, 5, 8} <= given_out
+    assert waited == packing.PATIENCE * packer.buffer
 
 
 def keys(packs):

@@ -247,9 +247,7 @@ def _spec(model: str, template: str | None, max_tiles: int | None, max_length: i
     spec, notes = layout_of(model, template=template)
     for text in notes:
         note(text)
-    if max_tiles is not None:
-        least = min(spec.tiles.min_tiles, max_tiles)
-        spec = replace(spec, tiles=replace(spec.tiles, max_tiles=max_tiles, min_tiles=least))
+    spec = spec.limited(max_tiles)
     return spec if max_length is None else replace(spec, max_length=max_length)
 
 

@@ -18,7 +18,7 @@ from chiasm.errors import UsageError
 
 __all__ = ["RULES", "filter_command"]
 
-RULES = ("repetition", "length", "zeros", "lines")
+RULES = ("repetition", "loops", "length", "zeros", "lines")
 """Names of the rules; `score` joins them where there are scores."""
 
 
@@ -85,8 +85,8 @@ def filter_command(
 ) -> None:
     """Leave out samples that rules, scores or people reject.
 
-    What a rule only doubts (lengths, zeros, lines) is left out until a person keeps it: write --review, change the
-    decisions, run again with --decisions.
+    What a rule only doubts (loops, lengths, zeros, lines) is left out until a person keeps it: write --review, change
+    the decisions, run again with --decisions.
     """
     from chiasm.data.filters import Review, judge_all, read_reviews, write_reviews
     from chiasm.data.write import write_dataset
@@ -139,6 +139,7 @@ def _rule(rules: str, threshold: float, scores: Path | None, least: list[str]) -
     from chiasm.data.filters import (
         All,
         DuplicateLines,
+        Loops,
         ModelScore,
         Repetition,
         SentenceLength,
@@ -154,6 +155,7 @@ def _rule(rules: str, threshold: float, scores: Path | None, least: list[str]) -
         raise UsageError("--least needs --scores FILE")
     made: dict[str, Any] = {
         "repetition": Repetition(threshold=threshold),
+        "loops": Loops(),
         "length": SentenceLength(),
         "zeros": ZeroRuns(),
         "lines": DuplicateLines(),

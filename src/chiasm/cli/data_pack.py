@@ -64,7 +64,13 @@ def pack_command(
     resampling: Annotated[
         str, typer.Option(metavar="NAME", help="Shares of sets by length or by its square root (sqrt).")
     ] = "length",
-    seed: Annotated[int, typer.Option(min=0, help="Of the order.")] = 0,
+    min_frames: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Fewest frames of a video: data.min_frames of the recipe.")
+    ] = 8,
+    max_frames: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Most frames of a video: data.max_frames of the recipe.")
+    ] = 32,
+    seed: Annotated[int, typer.Option(min=0, help="Of the order and of the frames.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Simulate packing: fill on both axes before training.
@@ -77,7 +83,9 @@ def pack_command(
     _one_of("--overflow", overflow, Overflow)
     if resampling not in ("length", "sqrt"):
         raise UsageError(f"--resampling {resampling!r} is unknown: use length or sqrt")
-    found = _measure(data, root, _layout(model), limit, resampling)
+    if max_frames < min_frames:
+        raise UsageError(f"--max-frames {max_frames} is below --min-frames {min_frames}: give both")
+    found = _measure(data, root, _as_trained(_layout(model), min_frames, max_frames), limit, resampling, seed)
     setting = _Setting(max_tokens, max_tiles or None, buffer, method, overflow)
     drawn = _draws(found, seed)
     chosen = setting.run(drawn)
@@ -142,11 +150,22 @@ def _layout(model: str) -> LayoutSpec:
     return spec
 
 
-def _measure(data: str, root: str, spec: LayoutSpec, limit: int | None, resampling: Any) -> _Found:
+def _as_trained(spec: LayoutSpec, min_frames: int, max_frames: int) -> LayoutSpec:
+    """The layout with videos as the recipes of releases draw and spell them (`chiasm.systems.internvl.data`)."""
+    from dataclasses import replace
+
+    from chiasm.media.frames import FrameSampling
+
+    frames = FrameSampling(mode="rand", frames=None, min_frames=min_frames, max_frames=max_frames)
+    return replace(spec, sampling=frames, frame_tags="training")
+
+
+def _measure(data: str, root: str, spec: LayoutSpec, limit: int | None, resampling: Any, seed: int) -> _Found:
     """Measure the rows of all sets."""
     from chiasm.data.datasets import mixture_weights, read_specs
     from chiasm.data.feed import BAD
     from chiasm.data.layout import measure
+    from chiasm.data.mixture import derive_seed
     from chiasm.data.packing import Item
 
     specs = read_specs(data, root=root)
@@ -161,7 +180,8 @@ def _measure(data: str, root: str, spec: LayoutSpec, limit: int | None, resampli
             for index in (n * size // taken for n in range(taken)):
                 found.rows += 1
                 try:
-                    item = Item.of((name, index), measure(rows.record(index), own, train=True))
+                    frames = derive_seed(seed, "frames", name, index)
+                    item = Item.of((name, index), measure(rows.record(index), own, train=True, seed=frames))
                 except BAD as error:
                     where = rows.where(index)
                     found.bad.append((where, one_line(str(error)).removeprefix(where).lstrip(": ")))

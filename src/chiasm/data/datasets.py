@@ -403,9 +403,10 @@ def _meta_entry(path: Path, name: str, entry: Any) -> DatasetSpec:
         said = back.get(word[0], word[0]) + said[word.end() :] if word else said
         raise DataError(f"{at}: {said}") from error
     folder = path.parent
-    root = spec.root if not spec.root or Path(spec.root).exists() else _beside(folder, spec.root)
+    # os.path, not pathlib: names that cannot be (too long, a NUL in them) are just not there.
+    root = spec.root if not spec.root or os.path.exists(spec.root) else _beside(folder, spec.root)
     annotation = spec.annotation
-    if not Path(annotation).exists() and not globbing.glob(annotation, recursive=True):
+    if not os.path.exists(annotation) and not globbing.glob(annotation, recursive=True):
         annotation = _beside(folder, annotation)
     return replace(spec, annotation=annotation, root=root)
 
@@ -413,7 +414,7 @@ def _meta_entry(path: Path, name: str, entry: Any) -> DatasetSpec:
 def _beside(folder: Path, name: str) -> str:
     """The path in the folder if there is such a file, else unchanged, so that errors name what was written."""
     path = folder / name
-    return str(path) if path.exists() or globbing.glob(str(path), recursive=True) else name
+    return str(path) if os.path.exists(path) or globbing.glob(str(path), recursive=True) else name
 
 
 def read_specs(path: str | Path, *, root: str = "", format: Format = "auto") -> dict[str, DatasetSpec]:
@@ -427,7 +428,7 @@ def read_specs(path: str | Path, *, root: str = "", format: Format = "auto") -> 
     """
     text = str(path)
     file = Path(path)
-    if file.suffix.lower() == ".json" and file.is_file() and _is_meta(file):
+    if file.suffix.lower() == ".json" and os.path.isfile(file) and _is_meta(file):
         if root or format != "auto":
             raise DataError(
                 f"{file}: is a meta file, which has root and format of its own; change them there"

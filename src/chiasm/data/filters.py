@@ -29,6 +29,7 @@ __all__ = [
     "All",
     "DuplicateLines",
     "Filter",
+    "Loops",
     "ModelScore",
     "Repetition",
     "Review",
@@ -36,6 +37,7 @@ __all__ = [
     "Verdict",
     "ZeroRuns",
     "judge_all",
+    "loop_share",
     "ngram_repetition",
     "read_reviews",
     "read_scores",
@@ -132,6 +134,52 @@ class Repetition:
         )
         if worst > self.threshold:
             return _against(self.action, f"repetition: {worst:.2f} of its {self.n}-grams are repeated", worst)
+        return Verdict(score=worst)
+
+
+_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+|[^\w\s]")
+_LOOP_LEAST = 30
+
+
+def loop_share(text: str, n: int = 10) -> float:
+    """Share of the n-grams of words (Chinese and Japanese: characters) that occurred before in the text; 0..1.
+
+    Near 1 for a tight loop, for which `ngram_repetition` of the release is near 0. A text of fewer than 30 n-grams
+    gives 0.
+    """
+    words = _WORD.findall(text)
+    total = len(words) - n + 1
+    if total < _LOOP_LEAST:
+        return 0.0
+    return 1 - len({hash(tuple(words[t : t + n])) for t in range(total)}) / total
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loops:
+    """Answers that go round in circles: an assistant turn whose `loop_share` is above the threshold.
+
+    What the linter's rule C603 finds.
+
+    Attributes:
+        n: words of a run.
+        threshold: of the share.
+        action: what follows.
+    """
+
+    n: int = 10
+    threshold: float = 0.4
+    action: Action = "review"
+
+    def __post_init__(self) -> None:
+        if self.n < 1 or not 0 <= self.threshold <= 1:
+            raise ConfigError("Loops needs n >= 1 and a threshold in 0..1")
+        _check_action(self.action)
+
+    def judge(self, record: Record) -> Verdict:
+        """See `Filter`."""
+        worst = max((loop_share(text, self.n) for text in _answers(record)), default=0.0)
+        if worst > self.threshold:
+            return _against(self.action, f"loops: {worst:.2f} of its {self.n}-grams occurred before", worst)
         return Verdict(score=worst)
 
 

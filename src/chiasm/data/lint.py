@@ -18,7 +18,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -67,10 +67,7 @@ class Source:
 
     def spec(self, spec: LayoutSpec) -> LayoutSpec:
         """The layout with the set's own tile limit."""
-        if self.max_tiles is None:
-            return spec
-        least = min(spec.tiles.min_tiles, self.max_tiles)
-        return replace(spec, tiles=replace(spec.tiles, max_tiles=self.max_tiles, min_tiles=least))
+        return spec.limited(self.max_tiles)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,12 +10,13 @@ import unicodedata
 from collections.abc import Iterator
 from functools import lru_cache
 
+from chiasm.data.filters import Loops, loop_share
 from chiasm.data.layout import LayoutSpec
 from chiasm.data.lint_rules import Context, rule
 from chiasm.data.lint_sample import Sample
 from chiasm.text.templates import TEMPLATES, Template
 
-__all__ = ["markers_of", "repetition"]
+__all__ = ["markers_of"]
 
 _TAGGED = re.compile(r"<\|[^|<>\s]{1,40}\|>|</?[A-Za-z_][\w.-]{0,30}>:?")
 _GROUNDING = re.compile(r"</?(?:ref|box|quad)>")
@@ -214,33 +215,19 @@ def mojibake(sample: Sample, _: Context) -> Iterator[str]:
 
 # Loops
 
-NGRAM, LOOP_SHARE, LOOP_LEAST = 10, 0.4, 30
-_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+|[^\w\s]")
-
-
-def repetition(text: str, n: int = NGRAM) -> float:
-    """Share of the n-grams of words (Chinese and Japanese: characters) that occurred before in the text; 0..1.
-
-    The release's filter divides the kinds that occur twice by all n-grams, which is near 0 for a tight loop; this
-    share is near 1 for it.
-    """
-    words = _WORD.findall(text)
-    total = len(words) - n + 1
-    if total < LOOP_LEAST:
-        return 0.0
-    return 1 - len({hash(tuple(words[t : t + n])) for t in range(total)}) / total
+_LOOPS = Loops()
 
 
 @rule(
     "C603",
     "repetition",
     "warning",
-    says=f"an answer that repeats itself: over {LOOP_SHARE:.0%} of its {NGRAM}-grams of words occurred before",
+    says=f"an answer that repeats itself: over {_LOOPS.threshold:.0%} of its {_LOOPS.n}-grams of words occurred before",
     example='"the cat is on the mat and the cat is on the mat and …"',
-    remedy="remove the row (chiasm data filter): a few such rows teach endless loops",
+    remedy="remove the row (chiasm data filter, rule loops): a few such rows teach endless loops",
 )
 def repeats(sample: Sample, _: Context) -> Iterator[str]:
     """The fact sheet's threshold (section 3.6), with a measure that sees tight loops."""
     for n, role, text in sample.said:
-        if role == "assistant" and (share := repetition(text)) > LOOP_SHARE:
-            yield f"turn {n}: {share:.0%} of the {NGRAM}-grams are repetitions"
+        if role == "assistant" and (share := loop_share(text, _LOOPS.n)) > _LOOPS.threshold:
+            yield f"turn {n}: {share:.0%} of the {_LOOPS.n}-grams are repetitions"

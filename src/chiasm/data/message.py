@@ -351,7 +351,9 @@ def from_row(row: Mapping[str, Any], *, where: str = "row") -> Record:
 
 
 def _row_media(row: Mapping[str, Any], where: str) -> tuple[Literal["image", "video"], list[str], str | None]:
-    """Kind and sources of a row's media and the field they are from; as officially, pictures go before a video."""
+    """Kind and sources of a row's media and the field they are from: pictures or one video."""
+    if all(row.get(kind) for kind in ("image", "video")):
+        raise DataError(f"{where}: has pictures and a video, a row holds one of them; use messages")
     for kind in ("image", "video"):
         value = row.get(kind)
         if value is None or value == "" or value == []:

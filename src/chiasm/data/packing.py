@@ -11,8 +11,12 @@ out packs. Both methods keep at most `buffer` packs open.
   can still fill, are kept as long as they are at most half of the buffer; beyond that the one of them with the most
   tokens goes, or they would take it over where little text comes. The released code's rule, the most tiles, sends
   packs away that text would still fill: a tenth of all tokens of the example below (docs/packing.md has the figures).
+  These rules alone would never let go of some packs: one at the limit of tiles that is a little shorter than all later
+  ones, say. Its samples would not be seen in the whole run. So a pack goes, whatever it holds, once `PATIENCE` times
+  `buffer` others were opened behind it.
 - ``first_fit``, the released code's: open packs by falling number of tiles, the first into which the sample fits. A
-  pack is full when either limit is reached. Beyond `buffer` the one with the most tiles goes.
+  pack is full when either limit is reached. Beyond `buffer` the one with the most tiles goes. As in the released code,
+  a pack with few tiles and hardly any room may stay open to the end of the run.
 
 A sample that alone is beyond the limits is, by `overflow`,
 
@@ -65,6 +69,9 @@ Key = tuple[str | int, ...]
 
 POOR = 256
 """A piece with labels on at most one in so many rows is dropped (released code)."""
+
+PATIENCE = 5
+"""With best_fit a pack goes once so many times `buffer` packs were opened behind it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -412,9 +419,19 @@ class Packer:
             out.packs.append(self._done(pack))
             return
         insort(self._open, pack, key=_rank if self.method == "best_fit" else _falling)
-        if len(self._open) > self.buffer:
+        if len(pack.pieces) > 1:
+            return  # none was opened: there are no more than before, and none is older
+        last = self._overdue() if self.method == "best_fit" else None
+        if last is None and len(self._open) > self.buffer:
             last = 0 if self.method == "first_fit" else self._fullest()
+        if last is not None:
             out.packs.append(self._done(self._open.pop(last)))
+
+    def _overdue(self) -> int | None:
+        """The oldest pack, if it has waited too long."""
+        oldest = min(range(len(self._open)), key=lambda n: self._open[n].serial)
+        waited = self._serial - self._open[oldest].serial
+        return oldest if waited >= PATIENCE * self.buffer else None
 
     def _fullest(self) -> int:
         """The most tokens, of those at the tile limit if these are more than half of the buffer."""

@@ -159,7 +159,7 @@ def encode(record: Record, to: Layout, where: str) -> tuple[dict[str, Any], list
         except DataError as error:
             reason = reason or str(error).removeprefix(where).lstrip(": .")
             continue
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             reason = reason or f"a field is no JSON ({error})"
             continue
         if _same(plain, back):

@@ -225,7 +225,8 @@ class PackedSource:
         """Return the feed of a run; bad samples are listed in its folder (``quarantine.jsonl``), if it has one.
 
         Of several processes each has a list of its own, the others ``quarantine-1.jsonl`` and so on: all of them plan
-        everything, and each loads its share.
+        everything, and each loads its share. What cannot be decoded is therefore counted by the process that loads it,
+        against all samples drawn: with W processes `max_share` is reached at W times that share of such samples.
         """
         rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
         path = None if run is None else Path(run.path) / f"quarantine{f'-{rank}' if rank else ''}.jsonl"

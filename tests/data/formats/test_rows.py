@@ -156,6 +156,19 @@ def test_messages_take_the_videos_beside_them():
     assert read_row({**row, "videos": [], "messages": row["messages"][1:]}, None, "x").extra == {"videos": []}
 
 
+def test_messages_take_the_one_video_beside_them_with_its_clip():
+    row = {
+        "messages": [{"role": "user", "content": "<video>\nWho?"}],
+        "video": "a.mp4",
+        "clip": [1, 2],
+        "id": 7,
+    }
+    record = read_row(row, None, "x")
+    assert record.turns[0].parts[0] == Part("video", "a.mp4", {"clip": [1, 2]})
+    assert said(record) == [("user", "[a.mp4]\nWho?")]
+    assert record.extra == {"id": 7}
+
+
 def test_captions_answer_the_question_of_the_set():
     record = read_row(
         {"caption": "A dog.", "images": [b"x"], "url": "u"}, None, "x", question="What is this?"
@@ -189,6 +202,8 @@ HI = {"from": "human", "value": "Hi"}
         ({"a": 1, "b": 2}, None, "W: has no messages, conversations, texts or caption: found only 'a', 'b'"),
         ({"conversations": []}, None, "W.conversations must be a list with at least one turn"),
         ({"conversations": "{["}, None, "W.conversations is a string that is not JSON"),
+        ({"conversations": "[" * 100_000}, None, "W.conversations is a string that is no usable JSON"),
+        ({"messages": f"[{'1' * 5000}]"}, None, "W.messages is a string that is no usable JSON"),
         (
             {"conversations": [HI], "images": ["a", "b"], "system": 3},
             None,
@@ -268,6 +283,20 @@ HI = {"from": "human", "value": "Hi"}
         ({"texts": []}, None, "W.texts must be a list"),
         ({"texts": [{"user": "x"}]}, None, "W.texts[0] must have the strings user and assistant"),
         ({"caption": 3}, "caption", "W: has no caption"),
+        ({"text": "Prose."}, None, "W: has a text and no picture"),
+        ({"caption": "A dog runs.", "video": "a.mp4"}, None, "W: has a caption and a video"),
+        ({"conversations": [HI], "image": "a.png", "video": "a.mp4"}, None, "W: has pictures and a video"),
+        ({"conversations": [HI], "images": ["a.png"], "videos": ["a"]}, None, "W: has pictures and a video"),
+        (
+            {"messages": [{"role": "user", "content": "a"}], "video": "a"},
+            None,
+            "W: has 0 <video> tag(s) but 1",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "<video>"}], "video": 3},
+            None,
+            "W.video[0] must be a path",
+        ),
     ],
 )
 def test_refusals_begin_with_the_place(row, kind, line):

@@ -165,7 +165,7 @@ def _unfold(row: dict[str, Any], where: str) -> dict[str, Any]:
         kept.update(extra.get("row", {}))
         for turn, fields in zip(kept.get("conversations", []), extra.get("turns", []), strict=False):
             turn.update(fields)
-    except (ValueError, AttributeError, TypeError) as error:
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise DataError(
             f"{where}.{EXTRA} is not what `chiasm data convert` writes: {_reason(error)}"
         ) from error

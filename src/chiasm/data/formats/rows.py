@@ -2,12 +2,13 @@
 
 InternVL and LLaVA rows are ``chiasm.data.message.from_row``'s. The others are told apart by their fields:
 
-- ``messages``: {"messages": [{"role", "content": str | [items]}], "images": […], "videos": […]}; an item
-  {"type": "image"} without a source takes the next of ``images``; videos go to their tags. A bare list of messages is a
-  row too.
+- ``messages``: {"messages": [{"role", "content": str | [items]}], "images": […], "videos": […]} (or "video" with
+  "clip"); an item {"type": "image"} without a source takes the next of ``images``; videos go to their tags. A bare list
+  of messages is a row too.
 - ``sharegpt``: {"conversations": [{"from" | "role", "value" | "content"}], "images": […], "videos": […], "system"}.
 - ``pairs``: {"texts": [{"user", "assistant"}], "images": […]}, as FineVision has it.
-- ``caption``: {"caption" | "text", "images": […]}: the answer to a question that the data set's spec gives.
+- ``caption``: {"caption" | "text", "images": […]}: the answer to a question that the data set's spec gives. Without a
+  picture there is nothing to ask about: refused.
 
 Pictures may be paths, URLs, bytes, or structs {"bytes", "path"}, alone or in lists.
 """
@@ -193,20 +194,25 @@ def _messages(row: Mapping[str, Any], pictures: Sequence[Any], where: str) -> Re
         said = str(error)
         raise DataError(f"{where}.{said}" if said.startswith("messages[") else f"{where}: {said}") from error
     turns = [replace(turn, extra=extra) for turn, extra in zip(turns, extras, strict=True)]
-    videos = row.get("videos")
-    if videos:
-        turns = _with_videos(turns, videos if isinstance(videos, list) else [videos], where)
+    # One video stands beside messages as it does beside conversations, with its clip.
+    name = next((key for key in ("videos", "video") if row.get(key)), None)
+    taken = {"messages"} if name is None else {"messages", name}
+    if name is not None:
+        videos = row[name] if isinstance(row[name], list) else [row[name]]
+        clip = {"clip": row["clip"]} if name == "video" and row.get("clip") is not None else {}
+        turns = _with_videos(turns, videos, clip, f"{where}.{name}")
+        taken |= clip.keys()
     return Record(
         turns=tuple(turns),
         tagged=any("<image>" in turn.text or "<video>" in turn.text for turn in turns if turn.role == "user"),
         listed=len(pictures) > 0,
-        extra={
-            key: value for key, value in row.items() if key != "messages" and (key != "videos" or not videos)
-        },
+        extra={key: value for key, value in row.items() if key not in taken},
     )
 
 
-def _with_videos(turns: list[Turn], videos: Sequence[Any], where: str) -> list[Turn]:
+def _with_videos(
+    turns: list[Turn], videos: Sequence[Any], sampling: Mapping[str, Any], where: str
+) -> list[Turn]:
     """The turns with the videos that stand beside them, by the tags of the user's turns that have none."""
     asked = [
         turn.text.count("<video>") if turn.role == "user" and not turn.of_kind("video") else 0
@@ -214,14 +220,15 @@ def _with_videos(turns: list[Turn], videos: Sequence[Any], where: str) -> list[T
     ]
     if sum(asked) != len(videos):
         raise DataError(
-            f"{where}: has {sum(asked)} <video> tag(s) but {len(videos)} videos; write a tag for each"
+            f"{where.rpartition('.')[0]}: has {sum(asked)} <video> tag(s) but {len(videos)} videos; "
+            "write a tag for each"
         )
     for n, video in enumerate(videos):
         if not isinstance(video, str) or not video:
-            raise DataError(f"{where}.videos[{n}] must be a path, found {video!r:.60}")
+            raise DataError(f"{where}[{n}] must be a path, found {video!r:.60}")
     left = iter(videos)
     return [
-        replace(turn, parts=(*(Part("video", next(left)) for _ in range(count)), *turn.parts))
+        replace(turn, parts=(*(Part("video", next(left), sampling) for _ in range(count)), *turn.parts))
         for turn, count in zip(turns, asked, strict=True)
     ]
 
@@ -261,6 +268,11 @@ def _caption(row: Mapping[str, Any], pictures: Sequence[Any], where: str, questi
     key = next((key for key in ("caption", "text") if isinstance(row.get(key), str)), None)
     if key is None:
         raise DataError(f"{where}: has no caption")
+    if not pictures:
+        what = "a video, which conversations or messages ask for" if row.get("video") else "no picture"
+        raise DataError(
+            f"{where}: has a {key} and {what}: add image or images, or write text alone as messages"
+        )
     turns = (Turn.of("user", question, pictures), Turn.of("assistant", row[key]))
     return Record(
         turns=turns,
@@ -277,7 +289,11 @@ def _decoded(row: dict[str, Any], key: str, where: str) -> dict[str, Any]:
     try:
         return {**row, key: json.loads(row[key])}
     except json.JSONDecodeError as error:
-        raise DataError(f"{where}.{key} is a string that is not JSON ({error.msg})") from error
+        raise DataError(
+            f"{where}.{key} is a string that is not JSON ({error.msg}); write a list of turns"
+        ) from error
+    except (ValueError, RecursionError) as error:  # a number of too many digits; lists in lists without end
+        raise DataError(f"{where}.{key} is a string that is no usable JSON; write a list of turns") from error
 
 
 def _plain(image: Any) -> bool:

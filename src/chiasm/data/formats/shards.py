@@ -24,6 +24,12 @@ __all__ = ["PICTURES", "TarSamples", "index_tar"]
 PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "jp2", "avif", "qoi")
 """Endings of members that are pictures."""
 
+_UNREAD = (
+    *("mp4", "m4v", "mov", "mkv", "webm", "avi", "wav", "mp3", "flac", "ogg", "m4a"),
+    *("heic", "heif", "tga", "pcx", "svg", "eps", "pdf", "npy", "npz"),
+)
+"""Endings of members that are seen or heard and not read from shards: without them a sample says another thing."""
+
 _TEXTS = ("txt", "text", "caption")
 _TALKS = ("conversations", "messages", "texts")
 
@@ -83,7 +89,8 @@ class TarSamples:
         """The sample's row with its pictures as bytes in ``images``; ``caption`` where it has a text only.
 
         Raises:
-            DataError: a member is cut off, the row is no JSON, the sample has none, or two members have one name.
+            DataError: a member is cut off or cannot be read (a video, say), the row is no JSON, the sample has none, or
+                two members have one name.
         """
         first, last = self.index["first"][index : index + 2]
         row: Any = None
@@ -113,6 +120,11 @@ class TarSamples:
                     raise DataError(
                         f"{self.where(index)}.{ending}: is not UTF-8; save it as UTF-8"
                     ) from error
+            elif last_ending in _UNREAD:
+                raise DataError(
+                    f"{self.where(index)}.{ending}: cannot be read from a shard; save pictures as JPEG or PNG, and "
+                    "videos as files that rows of a .jsonl name"
+                )
         if row is None and text is None:
             raise DataError(
                 f"{self.where(index)}: has neither .json nor .txt; found .{', .'.join(sorted(seen))}"
