@@ -48,7 +48,7 @@ bench: .venv/.stamp-dev
 	$(BIN)/python benchmarks/attention.py
 	$(BIN)/python benchmarks/batching.py
 	$(BIN)/python benchmarks/peer_openvino.py
-	$(BIN)/python benchmarks/worlds.py
+	$(BIN)/python benchmarks/world_speed.py
 
 clean:
 	rm -rf .venv build dist docs/_build .pytest_cache .ruff_cache .hypothesis .import_linter_cache

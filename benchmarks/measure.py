@@ -25,7 +25,7 @@ WORLDS_PAGE = HERE.parent / "docs" / "worlds.md"
 SPEED = ("inference", "quantized", "peer_openvino", "batching", "attention")
 ORDER = (
     *SPEED,
-    *("preprocessing", "startup", "memory", "plan_training", "training", "parity", "worlds"),
+    *("preprocessing", "startup", "memory", "plan_training", "training", "parity", "world_speed"),
 )
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
 
@@ -119,7 +119,7 @@ def finish(name: str, result: dict[str, Any], *, write: bool) -> None:
 
 def publish() -> None:
     """Put the tables of kept results between the two marks of the README and of the pages about speed and worlds."""
-    for page, names in {README: ORDER, SPEED_PAGE: SPEED, WORLDS_PAGE: ("worlds",)}.items():
+    for page, names in {README: ORDER, SPEED_PAGE: SPEED, WORLDS_PAGE: ("world_speed",)}.items():
         text = page.read_text(encoding="utf-8")
         head, _, rest = text.partition(BEGIN)
         _, _, tail = rest.partition(END)

@@ -15,6 +15,8 @@ from tests.cli.conftest import write_internvl
 from chiasm.cli.app import main
 from readme_blocks import Block, blocks
 
+pytestmark = pytest.mark.xdist_group("laptop")
+
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "laptop.md"
 TEXT = PAGE.read_text(encoding="utf-8")
 

@@ -111,7 +111,7 @@ def test_pages_hold_the_tables_of_the_results(script) -> None:
     pages = {
         measure.README: measure.ORDER,
         measure.SPEED_PAGE: measure.SPEED,
-        measure.WORLDS_PAGE: ("worlds",),
+        measure.WORLDS_PAGE: ("world_speed",),
     }
     for page, names in pages.items():
         kept = measure.kept_results(names)
@@ -167,7 +167,7 @@ def test_the_peer_of_openvino_is_optional(script) -> None:
 
 def test_worlds_are_timed_and_shown(script, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("CHIASM_DATA", str(tmp_path / "no assets"))
-    worlds = script("worlds")
+    worlds = script("world_speed")
     rows = worlds.measure(repeats=2, share=0.01)["rows"]
     assert {"world scenes, 64 px", "world charts, 320 to 640 px"} <= {row["name"] for row in rows}
     for row in rows:

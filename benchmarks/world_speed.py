@@ -143,7 +143,7 @@ def main() -> None:
     if chosen.sheet:
         sheet(chosen.sheet)
         return
-    finish("worlds", measure(), write=chosen.write)
+    finish("world_speed", measure(), write=chosen.write)
 
 
 if __name__ == "__main__":
