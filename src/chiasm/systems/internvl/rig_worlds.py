@@ -1,0 +1,197 @@
+"""Small deterministic pictures with questions, for the miniature experiments of `claims`.
+
+What: one function a task, each from a NumPy generator to an ``Item``; ``item(task, split, seed, index)`` seeds that
+generator from all four, so that the train, dev and test splits of a task never share a picture by construction of
+their random streams. Text is drawn with Pillow's bundled font: nothing is read from disk or network.
+Source: InternVL 2.5 fact sheet, section 7 (common rig).
+
+Every picture is made of square cells of ``CELL`` pixels; a tile of the rig has 2 x 2 cells.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from chiasm.data.mixture import derive_seed
+from chiasm.errors import ConfigError
+
+__all__ = ["CELL", "COLOURS", "TASKS", "Item", "item", "jpeg", "running_sums"]
+
+CELL = 14
+"""Side of a cell in pixels: with patches of 7 and unshuffle 1/2, one visual token."""
+
+COLOURS: dict[str, tuple[int, int, int]] = {
+    "red": (235, 70, 70),
+    "green": (70, 200, 90),
+    "blue": (90, 120, 250),
+    "yellow": (235, 220, 60),
+    "white": (245, 245, 245),
+    "pink": (245, 130, 220),
+}
+PAPER, INK, NIGHT = (230, 230, 230), (20, 20, 20), (25, 25, 25)
+PLACES = ("top left", "top right", "low left", "low right")
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A picture, a question and its answer; ``facts`` are the answer's parts that a score counts."""
+
+    image: Image.Image
+    question: str
+    answer: str
+    facts: tuple[str, ...] = ()
+
+
+def item(task: str, split: str, seed: int, index: int) -> Item:
+    """Return one item: a pure function of its arguments.
+
+    Raises:
+        ConfigError: no such task, or no such split.
+    """
+    if task not in TASKS:
+        raise ConfigError(f"the rig has no task {task!r}: it has {', '.join(TASKS)}")
+    if split not in ("train", "dev", "test"):
+        raise ConfigError(f"split {split!r} must be train, dev or test")
+    random = np.random.Generator(np.random.PCG64(derive_seed(seed, "rig", task, split, index)))
+    return TASKS[task](random)
+
+
+def jpeg(image: Image.Image, quality: int) -> Image.Image:
+    """Return the picture after one JPEG compression (libjpeg's default chroma subsampling, as cameras use)."""
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=quality)
+    return Image.open(io.BytesIO(buffer.getvalue())).convert("RGB")
+
+
+def running_sums(digits: list[int]) -> str:
+    """Spell the sum modulo 10 step by step: ``3+5=8,8+7=5``."""
+    steps, total = [], digits[0]
+    for digit in digits[1:]:
+        after = (total + digit) % 10
+        steps.append(f"{total}+{digit}={after}")
+        total = after
+    return ",".join(steps)
+
+
+@lru_cache(maxsize=16)
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size)
+
+
+def _write(image: Image.Image, text: str, centre: tuple[float, float], size: int, ink: tuple[int, ...]) -> None:
+    ImageDraw.Draw(image).text(centre, text, font=_font(size), fill=ink, anchor="mm")
+
+
+# --- tiling: a page of 4 x 4 small digits in one colour, 2 x 2 tiles large -------------------------------------------
+
+
+def _page(random: np.random.Generator) -> tuple[Image.Image, str, str]:
+    side = 4 * CELL
+    name = list(COLOURS)[random.integers(len(COLOURS))]
+    code = "".join(str(d) for d in random.integers(0, 10, 16))
+    image = Image.new("RGB", (side, side), NIGHT)
+    for n, digit in enumerate(code):
+        shift = random.uniform(-1.5, 1.5, 2)
+        centre = (CELL * (n % 4 + 0.5) + float(shift[0]), CELL * (n // 4 + 0.5) + float(shift[1]))
+        _write(image, digit, centre, 8, COLOURS[name])
+    return image, name, code
+
+
+def _code(random: np.random.Generator) -> Item:
+    image, _, code = _page(random)
+    return Item(image, "text?", code, tuple(code))
+
+
+def _colour(random: np.random.Generator) -> Item:
+    image, name, _ = _page(random)
+    return Item(image, "colour?", name, (name,))
+
+
+# --- loss exponent: one scene, a short and a long question ------------------------------------------------------------
+
+
+def _scene(random: np.random.Generator) -> tuple[Image.Image, list[int], list[str]]:
+    image = Image.new("RGB", (2 * CELL, 2 * CELL), NIGHT)
+    digits = [int(d) for d in random.integers(0, 10, 4)]
+    names = [list(COLOURS)[i] for i in random.integers(0, len(COLOURS), 4)]
+    for n, (digit, name) in enumerate(zip(digits, names, strict=True)):
+        centre = (CELL * (n % 2 + 0.5), CELL * (n // 2 + 0.5))
+        _write(image, str(digit), centre, 12, COLOURS[name])
+    return image, digits, names
+
+
+def _short(random: np.random.Generator) -> Item:
+    image, digits, _ = _scene(random)
+    return Item(image, "largest?", str(max(digits)), (str(max(digits)),))
+
+
+def _long(random: np.random.Generator) -> Item:
+    image, digits, names = _scene(random)
+    parts = [f"{p} {c} {d}" for p, c, d in zip(PLACES, names, digits, strict=True)]
+    return Item(image, "describe", ", ".join(parts), tuple(parts))
+
+
+# --- JPEG: faint digits on grey -------------- -----------------------------------------------------------------------
+
+
+def _faint(random: np.random.Generator) -> Item:
+    side, digits = 2 * CELL, [int(d) for d in random.integers(0, 10, 4)]
+    ink = Image.new("L", (side, side), 0)
+    for n, digit in enumerate(digits):
+        shift = random.uniform(-1, 1, 2)
+        centre = (CELL * (n % 2 + 0.5) + float(shift[0]), CELL * (n // 2 + 0.5) + float(shift[1]))
+        ImageDraw.Draw(ink).text(centre, str(digit), font=_font(12), fill=255, anchor="mm")
+    contrast = float(random.uniform(12, 24))
+    grey = (random.uniform(110, 120) + contrast * np.asarray(ink, np.float64) / 255).round().astype(np.uint8)
+    image = Image.fromarray(np.repeat(grey[..., None], 3, 2))
+    answer = "".join(map(str, digits))
+    return Item(image, "read", answer, tuple(answer))
+
+
+# --- chain of thought: a sum modulo 10 of the digits in the picture --------------------------------------------------
+
+
+def _digits(random: np.random.Generator, cells: int = 8) -> tuple[Image.Image, list[int]]:
+    image = Image.new("RGB", (cells // 2 * CELL, 2 * CELL), PAPER)
+    digits = [int(d) for d in random.integers(0, 10, cells)]
+    for n, digit in enumerate(digits):
+        centre = (CELL * (n % (cells // 2) + 0.5), CELL * (n // (cells // 2) + 0.5))
+        jitter = random.uniform(-1, 1, 2)
+        _write(image, str(digit), (centre[0] + float(jitter[0]), centre[1] + float(jitter[1])), 12, INK)
+    return image, digits
+
+
+def _read(random: np.random.Generator) -> Item:
+    image, digits = _digits(random)
+    answer = "".join(map(str, digits))
+    return Item(image, "read", answer, tuple(answer))
+
+
+def _sum(random: np.random.Generator) -> Item:
+    image, digits = _digits(random)
+    total = str(sum(digits) % 10)
+    return Item(image, "sum", total, (total,))
+
+
+def _sum_cot(random: np.random.Generator) -> Item:
+    image, digits = _digits(random)
+    total = str(sum(digits) % 10)
+    return Item(image, "sum, step by step", f"{running_sums(digits)}. Answer: {total}", (total,))
+
+
+TASKS: dict[str, Callable[[np.random.Generator], Item]] = {
+    "code": _code,
+    "colour": _colour,
+    "short": _short,
+    "long": _long,
+    "faint": _faint,
+    "read": _read,
+    "sum": _sum,
+    "sum_cot": _sum_cot,
+}
