@@ -60,7 +60,9 @@ TOY = Experiment(
             compare=("c:accuracy", "a:accuracy", "b:accuracy"),
             delta=0.1,
         ),
-        Claim(id="tiny", statement="The error is tiny.", source="this test", kind="exact", compare=("a:error",), margin=1e-5),
+        Claim(
+            id="tiny", statement="The error is tiny.", source="this test", kind="exact", compare=("a:error",), margin=1e-5
+        ),
         Claim(
             id="blind",
             statement="c beats a, were a any good.",

@@ -34,7 +34,9 @@ def fixed(data: dict) -> dict:
             run["environment"] = {
                 "python": "3", "machine": "m", "cpu": "c", "cpu_flags": "f", "versions": {"torch": "2"}, "git": "g"
             }  # fmt: skip
-    data["surroundings"] = [{**run["environment"], "runs": 9} for run in [data["experiments"]["toy"]["runs"][0]]]
+    data["surroundings"] = [
+        {**run["environment"], "runs": 9} for run in [data["experiments"]["toy"]["runs"][0]]
+    ]
     data["claims_file"] = {"name": "toys.py", "revision": "0" * 40, "changed": False}
     data["cpu_seconds"] = 18.0
     return data

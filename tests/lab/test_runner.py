@@ -49,7 +49,12 @@ def test_every_run_is_made_once_on_the_split_of_its_seed(tmp_path: Path, log: Pa
     results = store(tmp_path).results(TOY, range(3))
     assert len(results) == 9
     first = results[0]
-    assert (first.arm, first.seed, first.split, first.fingerprint) == ("a", 0, "test", TOY.fingerprint("mini"))
+    assert (first.arm, first.seed, first.split, first.fingerprint) == (
+        "a",
+        0,
+        "test",
+        TOY.fingerprint("mini"),
+    )
     assert first.metrics["odd"] is None  # infinity is no JSON
     assert first.environment["versions"]["torch"]
     assert as_results(results)[2]["b"]["accuracy"] == pytest.approx(0.82)
@@ -116,7 +121,9 @@ def test_several_processes_give_the_same(tmp_path: Path) -> None:
         assert len(ours) == (6 if experiment is TOY else 2)
 
 
-def test_a_failure_in_another_process_is_the_same_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_in_another_process_is_the_same_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("LAB_TOYS_FAIL", "c0")
     with pytest.raises(DataError, match="toy, arm c, seed 0: the data is gone"):
         run_trials([TOY], store(tmp_path), {"toy": [0]}, jobs=2, home="lab_toys")

@@ -71,7 +71,13 @@ def test_two_sided_kinds(kind: str, limit: float, mean: float, verdict: str) -> 
 
 @pytest.mark.parametrize(
     ("ratio", "verdict"),
-    [(1.7, "holds"), (1.501, "holds"), (1.499, "inconclusive"), (1.36, "inconclusive"), (1.34, "does not hold")],
+    [
+        (1.7, "holds"),
+        (1.501, "holds"),
+        (1.499, "inconclusive"),
+        (1.36, "inconclusive"),
+        (1.34, "does not hold"),
+    ],
 )
 def test_ratio(ratio: float, verdict: str) -> None:
     rows = results(a=[2.0] * 5, b=[2 * ratio * math.exp(s) for s in SPREAD])  # interval: factor e^±0.1
@@ -123,7 +129,9 @@ def test_two_seeds_decide_nothing(kind: str) -> None:
 
 
 def test_a_gate_comes_before_the_verdict() -> None:
-    gated = claim("superior", delta=0.2, gates=(Gate(side="a:x", at_least=1.0), Gate(side="b:x", at_most=2.0)))
+    gated = claim(
+        "superior", delta=0.2, gates=(Gate(side="a:x", at_least=1.0), Gate(side="b:x", at_most=2.0))
+    )
     assert judge(gated, differing(0.5)).verdict == "holds"  # the borders belong to it
     assert judge(gated, differing(1.1)).verdict == "invalid"
     weak = claim("superior", delta=0.2, gates=(Gate(side="a:x", at_least=1.01),))
@@ -168,8 +176,7 @@ def test_missing_and_broken_values_are_invalid() -> None:
 )
 def test_claims_that_say_nothing_are_refused(wrong) -> None:
     with pytest.raises(ConfigError):
-        made = claim(**wrong)
-        _ = made.sides
+        claim(**wrong)
 
 
 def experiment(**more) -> Experiment:

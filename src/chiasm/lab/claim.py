@@ -152,6 +152,7 @@ class Claim:
         wanted = {"exact": (1, 1), "monotone": (3, 99)}.get(self.kind, (2, 2))
         if not wanted[0] <= len(self.compare) <= wanted[1]:
             raise ConfigError(f"claim {self.id}: kind {self.kind} compares another number of sides")
+        _ = self.all_sides  # all must be readable
         uses = "delta" if self.kind in ("superior", "monotone", "ratio") else "margin"
         other = "margin" if uses == "delta" else "delta"
         value = getattr(self, uses)

@@ -3,7 +3,8 @@
 Why no plotting library: a report must look the same on every machine and its changes must be readable, so its plots
 are text, compared to the byte in the tests, need no extra, and browsers and code hosts show them as they are.
 
-Legend: left panel, the compared sides (dots of one seed are joined); right panel, the effect of every seed with its mean
+Legend: left panel, the compared sides (dots of one seed are joined); right panel, the effect of every seed
+with its mean
 and interval. Colours are those of the verdict.
 """
 
@@ -113,7 +114,8 @@ def _effects(claim: Claim, judged: Judgement) -> list[str]:
     ]
     dots, bar = axis.left + 45, axis.left + 100
     parts += [
-        f'<circle cx="{dots}" cy="{axis.y(v)}" r="3.5" fill="#0969da" fill-opacity="0.7"/>' for v in judged.effect
+        f'<circle cx="{dots}" cy="{axis.y(v)}" r="3.5" fill="#0969da" fill-opacity="0.7"/>'
+        for v in judged.effect
     ]
     if e is not None:
         low, high = max(e.low, axis.low), min(e.high, axis.high)

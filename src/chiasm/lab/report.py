@@ -1,7 +1,9 @@
 """The report: verdicts, every seed, plots, cost and surroundings, as JSON for programs and Markdown for people.
 
-What: ``compose`` (plain data from stored results), ``markdown`` (the page), ``write_report`` (``reports/<system>/<scale>.json``,
-``.md`` and ``<scale>/<claim>.svg``). Only confirmation runs enter a report. A claim is judged when *all* of its seeds are
+What: ``compose`` (plain data from stored results), ``markdown`` (the page), ``write_report``
+(``reports/<system>/<scale>.json``,
+``.md`` and ``<scale>/<claim>.svg``). Only confirmation runs enter a report. A claim is judged when *all* of
+its seeds are
 there, so that nobody stops when the result pleases; before that it is "not run yet".
 """
 
@@ -89,7 +91,7 @@ def write_report(
     data = compose(experiments, store, module)
     home = Path(out) / store.system
     plots = {}
-    for experiment, claim, judgement in judged(experiments, store):
+    for _, claim, judgement in judged(experiments, store):
         if judgement is not None:
             plots[claim.id] = f"{store.scale}/{claim.id}.svg"
             write_atomic(home / plots[claim.id], plot(claim, judgement))
@@ -105,7 +107,7 @@ def summary(data: dict[str, Any]) -> list[str]:
     return [f"{c['verdict'] or 'not run yet':<14} {c['id']:<28} {_effect(c)}" for c in data["claims"]]
 
 
-# --- plain data --------------------------------------------------------------------------------------------------------
+# --- plain data ---------------------------------------------------------------------------------------------
 
 
 def _experiment(experiment: Experiment, store: Store) -> dict[str, Any]:
@@ -204,7 +206,7 @@ def _claims_file(module: Any) -> dict[str, Any]:
     }
 
 
-# --- the page ----------------------------------------------------------------------------------------------------------
+# --- the page -----------------------------------------------------------------------------------------------
 
 
 def markdown(data: dict[str, Any], plots: dict[str, str]) -> str:
@@ -215,7 +217,8 @@ def markdown(data: dict[str, Any], plots: dict[str, str]) -> str:
     lines = [
         f"# {system}: claims at scale {scale}",
         "",
-        f"Written by `chiasm reproduce {system} --scale {scale}`; every number is of the test split, every verdict of the "
+        f"Written by `chiasm reproduce {system} --scale {scale}`; every number is of the test split, every "
+        f"verdict of the "
         "code. How to read it: docs/claims.md.",
         "",
         f"Claims file: `{file['name']}`, last commit `{file['revision']}`{changed}. "
@@ -265,10 +268,15 @@ def _section(c: dict[str, Any], image: str | None) -> list[str]:
 
 def _experiment_page(name: str, e: dict[str, Any]) -> list[str]:
     lines = [f"### {name}", "", e["about"], ""]
-    lines.append(f"Definition `{e['fingerprint']}` (version {e['version']}), {e['seeds']} seeds, budget: {_pairs(e['budget'])}.")
+    lines.append(
+        f"Definition `{e['fingerprint']}` (version {e['version']}), {e['seeds']} seeds, budget: {_pairs(e['budget'])}."
+    )
     if e["other_definitions"]:
         others = ", ".join(f"`{o}`" for o in e["other_definitions"])
-        lines += ["", f"**Other definitions of this experiment were run on the test split before: {others}.**"]
+        lines += [
+            "",
+            f"**Other definitions of this experiment were run on the test split before: {others}.**",
+        ]
     lines += ["", "| arm | what | runs | CPU time a run |", "| --- | --- | --- | --- |"]
     for arm, facts in e["arms"].items():
         costs = [run["cpu_seconds"] for run in e["runs"] if run["arm"] == arm]
@@ -289,7 +297,8 @@ def _surroundings_page(found: list[dict[str, Any]]) -> list[str]:
     for s in found:
         versions = ", ".join(f"{k} {v}" for k, v in s.get("versions", {}).items())
         lines.append(
-            f"- {s['runs']} runs: {s.get('cuda') or s.get('machine')}, {s.get('cpu')} (processor {s.get('cpu_flags')}), "
+            f"- {s['runs']} runs: {s.get('cuda') or s.get('machine')}, {s.get('cpu')} (processor "
+            f"{s.get('cpu_flags')}), "
             f"one thread a run, Python {s.get('python')}, {versions}; git `{s.get('git')}`."
         )
     return lines if found else [*lines, f"No runs yet (this machine: {platform.machine()})."]

@@ -1,6 +1,7 @@
 """The statistics of verdicts: small samples of paired runs, no SciPy.
 
-What: Student's t (distribution and quantile), the t-interval of a mean, of a paired difference and of a paired ratio, the
+What: Student's t (distribution and quantile), the t-interval of a mean, of a paired difference and of a paired
+ratio, the
 binomial tail behind the sign test. Sources: Student 1908; regularised incomplete beta function by Lentz's continued
 fraction (Abramowitz & Stegun 26.5.8); every value is compared with SciPy in the tests.
 
@@ -119,7 +120,9 @@ def paired_ratio(ours: Sequence[float], theirs: Sequence[float], level: float = 
 
 def binomial_tail(wins: int, n: int, chance: float) -> float:
     """Return P(X >= wins) of n independent trials that succeed with probability ``chance`` each."""
-    return math.fsum(math.comb(n, k) * chance**k * (1 - chance) ** (n - k) for k in range(max(wins, 0), n + 1))
+    return math.fsum(
+        math.comb(n, k) * chance**k * (1 - chance) ** (n - k) for k in range(max(wins, 0), n + 1)
+    )
 
 
 def _pairs(ours: Sequence[float], theirs: Sequence[float]) -> list[tuple[float, float]]:

@@ -8,7 +8,8 @@ Rules (95 % t-intervals of paired differences, seed by seed; d > 0 is the expect
 - equivalent(margin): *holds*: interval within (-margin, margin). *does not hold*: wholly outside of it.
 - monotone(delta): sides in the order in which the metric is said to rise. *holds*: the means rise strictly from side to
   side, the difference of the ends holds as in superior(delta), and the seeds whose values rise strictly at every step
-  are more than chance explains (sign test: p <= 0.05, chance being 1 / (number of sides)!). *does not hold*: the interval
+  are more than chance explains (sign test: p <= 0.05, chance being 1 / (number of sides)!). *does not hold*:
+  the interval
   of the ends lies wholly below delta, or that of some step wholly below 0.
 - exact(margin): *holds*: no deviation of any seed is above the margin. *does not hold*: one is.
 
@@ -21,6 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 from chiasm.lab.claim import Claim, Side
@@ -71,9 +73,7 @@ def judge(claim: Claim, results: Results) -> Judgement:
         return Judgement(verdict="invalid", reason="no seed has results of all arms", effect=[], **shown)
     odd = [side for side, row in values.items() if not all(math.isfinite(v) for v in row)]
     if odd:
-        return Judgement(
-            verdict="invalid", reason=f"{odd[0]} is missing or not a number", effect=[], **shown
-        )
+        return Judgement(verdict="invalid", reason=f"{odd[0]} is missing or not a number", effect=[], **shown)
     for gate, (mean, met) in gates.items():
         if not met:
             reason = f"competence gate not met: {gate}, found {mean:.4g}"
@@ -136,7 +136,7 @@ def _rule(claim: Claim, e: Estimate) -> tuple[Verdict, str]:
 def _monotone(claim: Claim, sides: list[list[float]], shown: dict[str, Any]) -> Judgement:
     assert claim.delta is not None
     ends = paired_difference(sides[-1], sides[0])
-    pairs = list(zip(sides, sides[1:], strict=False))
+    pairs = list(pairwise(sides))
     steps = tuple(paired_difference(after, before) for before, after in pairs)
     n = ends.n
     ordered = sum(all(after[i] > before[i] for before, after in pairs) for i in range(n))

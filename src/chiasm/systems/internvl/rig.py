@@ -1,7 +1,8 @@
 """The rig of the miniature experiments: a small InternVL from the real parts, trained by the real trainer.
 
 What: ``RigModel`` (its description), ``RigData`` (pictures of `rig_worlds` laid out and tiled once, then packed),
-``train_rig``, and what is measured afterwards: ``exact`` answers, ``token_hits`` in long answers, ``write`` (sampled texts).
+``train_rig``, and what is measured afterwards: ``exact`` answers, ``token_hits`` in long answers, ``write``
+(sampled texts).
 Source: InternVL 2.5 fact sheet, section 7: character tokenizer, tiles of 28 pixels in 16 patches of 7, of which
 unshuffle makes 4 tokens; decoder of width 128 with 4 layers.
 
@@ -24,6 +25,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 from torch import Tensor, nn
@@ -33,7 +35,6 @@ from chiasm.data.layout import LayoutSpec, layout
 from chiasm.data.mixture import Draw, derive_seed
 from chiasm.data.sequence import IGNORE, MediaBatch
 from chiasm.data.sequence import Sequence as Row
-from chiasm.errors import ConfigError
 from chiasm.media.tiles import TilePolicy
 from chiasm.model.causal import CausalVLM
 from chiasm.model.generate import Decoding
@@ -51,9 +52,24 @@ from chiasm.train.run import RunFolder
 from chiasm.train.sft import FinetuneObjective, answer_hits
 from chiasm.train.trainer import Trainer
 
-__all__ = ["RigData", "RigModel", "RigSource", "exact", "rig_recipe", "token_hits", "tokenizer", "train_rig", "write"]
+__all__ = [
+    "LOOPS",
+    "TILE",
+    "RigData",
+    "RigModel",
+    "RigSource",
+    "exact",
+    "repetition",
+    "rig_recipe",
+    "token_hits",
+    "tokenizer",
+    "train_rig",
+    "write",
+]
 
 TILE, PATCH = 28, 7
+LOOPS = 0.4
+"""Repetition above which an answer counts as a loop."""
 CHARACTERS = "\n 0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ+-=*.,:;?!#()"
 ROLES = ("user", "assistant")
 
@@ -95,6 +111,7 @@ class RigModel:
     Attributes:
         vision_width, vision_layers, width, layers: sizes of encoder and decoder; heads are 32 wide.
         compress: unshuffle (the paper's), mean or drop (equal tokens), none (every patch is a token).
+        start: a safetensors file with first weights of some of the model, by their native names.
     """
 
     vision_width: int = 96
@@ -102,6 +119,7 @@ class RigModel:
     width: int = 128
     layers: int = 4
     compress: Literal["unshuffle", "mean", "drop", "none"] = "unshuffle"
+    start: str = ""
 
     @property
     def config(self) -> InternVLConfig:
@@ -147,6 +165,8 @@ class RigModel:
 
             model.embedder.compress = PooledTokens(self.compress)
             model.embedder.connect = Projector(config.vision.hidden_size, config.language.hidden_size)
+        if self.start:
+            model.load_state_dict(load_file(self.start), strict=False)
         return model
 
 
@@ -163,6 +183,7 @@ class RigData:
         power: p of the loss weights.
         augment: random JPEG of 75 to 100 while training: never, of each tile (the release), of the whole picture.
         quality: a fixed JPEG quality of every picture; 0 for none.
+        filtered: leave out samples whose answers loop (`repetition` above ``LOOPS``).
         tokens_per_tile: of the model that will read them.
     """
 
@@ -176,6 +197,7 @@ class RigData:
     power: float = 0.5
     augment: Literal["none", "tile", "image"] = "none"
     quality: int = 0
+    filtered: bool = False
     tokens_per_tile: int = 4
 
     def open(self) -> RigSource:
@@ -202,16 +224,24 @@ class RigSource:
         self.data, self.spec = data, data.spec
         self._rows: dict[Draw, Row] = {}
         self._items: dict[Draw, Item] = {}
+        self._kept = {task: range(data.size) for task in data.tasks} if not data.filtered else self._filter()
+
+    def _filter(self) -> dict[str, Sequence[int]]:
+        """Task -> the samples that pass."""
+        return {
+            task: [i for i in range(self.data.size) if repetition(self.item(task, i).answer) <= LOOPS]
+            for task in self.data.tasks
+        }
 
     @property
     def sizes(self) -> Mapping[str, int]:
         """Task -> pictures."""
-        return dict.fromkeys(self.data.tasks, self.data.size)
+        return {task: len(kept) for task, kept in self._kept.items()}
 
     @property
     def weights(self) -> Mapping[str, float]:
-        """Task -> share."""
-        return self.data.tasks
+        """Task -> share, of what is left of it."""
+        return {t: share * len(self._kept[t]) / self.data.size for t, share in self.data.tasks.items()}
 
     def item(self, task: str, index: int) -> Item:
         """Return the picture with its question and answer, after what the data does to all pictures."""
@@ -229,6 +259,7 @@ class RigSource:
 
     def row(self, task: str, index: int) -> Row:
         """Return the document with labels."""
+        index = self._kept[task][index]
         if (task, index) not in self._rows:
             self._rows[task, index] = layout(_messages(self.item(task, index), True), self.spec, train=True)
             if self.data.augment != "image":
@@ -249,8 +280,16 @@ class RigSource:
             done = [_jpeg_tile(tile, q) for tile, q in zip(tiles_N3SS, qualities, strict=True)]
             return replace(row, media={"image": MediaBatch(torch.stack(done))})
         quality = int(torch.randint(75, 101, (), generator=random))
-        image = jpeg(self.item(*draw).image, quality)
+        image = jpeg(self.item(draw[0], self._kept[draw[0]][draw[1]]).image, quality)
         return replace(row, media={"image": MediaBatch(self.spec.tiles.tile(image))})
+
+
+def repetition(text: str, n: int = 10) -> float:
+    """Return the share of a text's n-grams (of characters) that had occurred in it before: 0 for none, "
+    "near 1 for loops.
+    """
+    grams = [text[i : i + n] for i in range(len(text) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def _jpeg_tile(tile_3SS: Tensor, quality: int) -> Tensor:
@@ -264,13 +303,13 @@ def _messages(item: Item, answered: bool) -> list[dict[str, Any]]:
     return [{"role": "user", "content": content}, *(answer if answered else [])]
 
 
-# --- training ----------------------------------------------------------------------------------------------------------
+# --- training -----------------------------------------------------------------------------------------------
 
 
 def rig_recipe(
-    data: RigData, *, steps: int, batch: int, seed: int, model: RigModel | None = None, lr: float = 2e-3, muon: float = 0.0
+    data: RigData, *, steps: int, batch: int, seed: int, model: RigModel | None = None, lr: float = 1e-3
 ) -> Recipe:
-    """Return the run: AdamW, short warm-up, cosine to zero."""
+    """Return the run: Muon for the layers' matrices, AdamW for the rest, short warm-up, cosine to zero."""
     return Recipe(
         name="rig",
         model=model or RigModel(),
@@ -282,7 +321,7 @@ def rig_recipe(
             lr=lr,
             weight_decay=0.02,
             beta2=0.98,
-            groups=(Group(pattern="*layers.*", optimizer="muon", lr_scale=muon),) if muon else (),
+            groups=(Group(pattern="*layers.*", optimizer="muon", lr_scale=8.0),),
         ),
         schedule=Schedule(warmup=max(1, min(100, steps // 10))),
         seed=seed,
@@ -308,7 +347,7 @@ def train_rig(recipe: Recipe) -> tuple[CausalVLM, list[dict[str, Any]]]:
     return model.eval(), rows
 
 
-# --- what is measured --------------------------------------------------------------------------------------------------
+# --- what is measured ---------------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
@@ -323,7 +362,9 @@ def exact(model: CausalVLM, data: RigData, task: str, *, count: int, batch: int 
 
 
 @torch.inference_mode()
-def token_hits(model: CausalVLM, data: RigData, task: str, *, count: int, only: str, batch: int = 100) -> float:
+def token_hits(
+    model: CausalVLM, data: RigData, task: str, *, count: int, only: str, batch: int = 100
+) -> float:
     """Return the share of answer characters among ``only`` that are the likeliest after the true ones before them."""
     source = RigSource(data)
     wanted = torch.tensor(tokenizer().encode(only))
@@ -367,7 +408,9 @@ def write(
         decoding = Decoding(
             model,
             [prompts[i] for i, _ in part],
-            sampling=[Sampling(temperature=temperature, seed=derive_seed(seed, "write", i, s)) for i, s in part],
+            sampling=[
+                Sampling(temperature=temperature, seed=derive_seed(seed, "write", i, s)) for i, s in part
+            ],
             limit=limit,
             stop_ids=stop,
         )

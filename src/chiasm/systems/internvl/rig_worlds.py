@@ -84,11 +84,13 @@ def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size)
 
 
-def _write(image: Image.Image, text: str, centre: tuple[float, float], size: int, ink: tuple[int, ...]) -> None:
+def _write(
+    image: Image.Image, text: str, centre: tuple[float, float], size: int, ink: tuple[int, ...]
+) -> None:
     ImageDraw.Draw(image).text(centre, text, font=_font(size), fill=ink, anchor="mm")
 
 
-# --- tiling: a page of 4 x 4 small digits in one colour, 2 x 2 tiles large -------------------------------------------
+# --- tiling: a page of 4 x 4 small digits in one colour, 2 x 2 tiles large ----------------------------------
 
 
 def _page(random: np.random.Generator) -> tuple[Image.Image, str, str]:
@@ -113,7 +115,7 @@ def _colour(random: np.random.Generator) -> Item:
     return Item(image, "colour?", name, (name,))
 
 
-# --- loss exponent: one scene, a short and a long question ------------------------------------------------------------
+# --- loss exponent: one scene, a short and a long question --------------------------------------------------
 
 
 def _scene(random: np.random.Generator) -> tuple[Image.Image, list[int], list[str]]:
@@ -137,15 +139,38 @@ def _long(random: np.random.Generator) -> Item:
     return Item(image, "describe", ", ".join(parts), tuple(parts))
 
 
-# --- JPEG: faint digits on grey -------------- -----------------------------------------------------------------------
+def _long_loop(random: np.random.Generator) -> Item:
+    """The long question with an answer that repeats its first part, as broken generators write."""
+    image, digits, names = _scene(random)
+    return Item(image, "describe", ", ".join([f"{PLACES[0]} {names[0]} {digits[0]}"] * 6))
+
+
+# --- probes: one large digit --------------------------------------------------------------------------------
+
+
+def _glyph(random: np.random.Generator) -> Item:
+    digit, name = str(random.integers(0, 10)), list(COLOURS)[random.integers(len(COLOURS))]
+    image = Image.new("RGB", (2 * CELL, 2 * CELL), NIGHT)
+    shift = random.uniform(-4, 4, 2)
+    _write(
+        image,
+        digit,
+        (CELL + float(shift[0]), CELL + float(shift[1])),
+        int(random.integers(14, 24)),
+        COLOURS[name],
+    )
+    return Item(image, "digit?", digit, (digit,))
+
+
+# --- JPEG: faint digits on grey -------------- --------------------------------------------------------------
 
 
 def _faint(random: np.random.Generator) -> Item:
-    side, digits = 2 * CELL, [int(d) for d in random.integers(0, 10, 4)]
-    ink = Image.new("L", (side, side), 0)
+    size, digits = (4 * CELL, 2 * CELL), [int(d) for d in random.integers(0, 10, 8)]
+    ink = Image.new("L", size, 0)
     for n, digit in enumerate(digits):
         shift = random.uniform(-1, 1, 2)
-        centre = (CELL * (n % 2 + 0.5) + float(shift[0]), CELL * (n // 2 + 0.5) + float(shift[1]))
+        centre = (CELL * (n % 4 + 0.5) + float(shift[0]), CELL * (n // 4 + 0.5) + float(shift[1]))
         ImageDraw.Draw(ink).text(centre, str(digit), font=_font(12), fill=255, anchor="mm")
     contrast = float(random.uniform(12, 24))
     grey = (random.uniform(110, 120) + contrast * np.asarray(ink, np.float64) / 255).round().astype(np.uint8)
@@ -154,7 +179,7 @@ def _faint(random: np.random.Generator) -> Item:
     return Item(image, "read", answer, tuple(answer))
 
 
-# --- chain of thought: a sum modulo 10 of the digits in the picture --------------------------------------------------
+# --- chain of thought: a sum modulo 10 of the digits in the picture -----------------------------------------
 
 
 def _digits(random: np.random.Generator, cells: int = 8) -> tuple[Image.Image, list[int]]:
@@ -190,6 +215,8 @@ TASKS: dict[str, Callable[[np.random.Generator], Item]] = {
     "colour": _colour,
     "short": _short,
     "long": _long,
+    "long_loop": _long_loop,
+    "glyph": _glyph,
     "faint": _faint,
     "read": _read,
     "sum": _sum,
