@@ -9,6 +9,7 @@ from pathlib import Path
 from chiasm.errors import DataError
 from chiasm.lab.claim import Arm, Claim, Experiment, Gate, Trial
 
+ERROR = 1e-7
 ARMS = tuple(Arm(name=name, what=f"way {name}") for name in "abc")
 
 
@@ -26,7 +27,7 @@ def measure(trial: Trial) -> dict[str, float]:
         raise DataError("the data is gone: bring it back")
     time.sleep(float(trial.budget.get("sleep", 0)))
     gain = {"a": 0.0, "b": 0.3, "c": -0.1}[trial.arm.name]
-    return {"accuracy": 0.5 + gain + 0.01 * trial.seed, "error": 1e-7, "odd": float("inf")}
+    return {"accuracy": 0.5 + gain + 0.01 * trial.seed, "error": ERROR, "odd": float("inf")}
 
 
 TOY = Experiment(
@@ -61,7 +62,8 @@ TOY = Experiment(
             delta=0.1,
         ),
         Claim(
-            id="tiny", statement="The error is tiny.", source="this test", kind="exact", compare=("a:error",), margin=1e-5
+            id="tiny", statement="The error is tiny.", source="this test",
+            kind="exact", compare=("a:error",), margin=1e-5,
         ),
         Claim(
             id="blind",

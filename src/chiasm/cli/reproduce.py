@@ -97,6 +97,8 @@ def reproduce(
         raise UsageError(f"--jobs {jobs}: must be at least 1")
     module = find_claims(system)
     chosen = choose(module.EXPERIMENTS, claims, scale)
+    if not chosen:
+        raise UsageError(f"no claim of {system} has scale {scale}: see chiasm reproduce {system} --list")
     if scale == "ci" and seeds is None:
         seeds = (CHECK_SEED,)
     purpose = "confirmation" if seeds is None else purpose_of(seeds)
@@ -194,7 +196,10 @@ def reproduce_command(
     list_claims: Annotated[bool, typer.Option("--list", help="List the claims and run nothing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the outcome as one JSON object.")] = False,
 ) -> None:
-    """Run a system's claims and write the report with their verdicts; what was run before is kept."""
+    """Run a system's claims and write their verdicts.
+
+    What was run before is kept. The exit status is 0 whatever the verdicts; 1 when something could not run.
+    """
     if list_claims:
         rows = listing(system)
         if as_json:

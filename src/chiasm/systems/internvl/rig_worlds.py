@@ -90,18 +90,21 @@ def _write(
     ImageDraw.Draw(image).text(centre, text, font=_font(size), fill=ink, anchor="mm")
 
 
-# --- tiling: a page of 4 x 4 small digits in one colour, 2 x 2 tiles large ----------------------------------
+# --- tiling: four panels of 2 x 2 small digits in one colour; the page is 2 x 2 tiles large -----------------
 
 
 def _page(random: np.random.Generator) -> tuple[Image.Image, str, str]:
+    """The page, its colour, and its digits panel by panel (the order of the tiles and of their tokens)."""
     side = 4 * CELL
     name = list(COLOURS)[random.integers(len(COLOURS))]
     code = "".join(str(d) for d in random.integers(0, 10, 16))
     image = Image.new("RGB", (side, side), NIGHT)
     for n, digit in enumerate(code):
+        panel, cell = divmod(n, 4)
+        column, row = 2 * (panel % 2) + cell % 2, 2 * (panel // 2) + cell // 2
         shift = random.uniform(-1.5, 1.5, 2)
-        centre = (CELL * (n % 4 + 0.5) + float(shift[0]), CELL * (n // 4 + 0.5) + float(shift[1]))
-        _write(image, digit, centre, 8, COLOURS[name])
+        centre = (CELL * (column + 0.5) + float(shift[0]), CELL * (row + 0.5) + float(shift[1]))
+        _write(image, digit, centre, 9, COLOURS[name])
     return image, name, code
 
 
