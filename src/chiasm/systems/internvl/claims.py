@@ -22,6 +22,7 @@ TOY = {
     "vision_layers": 1,
     "width": 32,
     "layers": 1,
+    "first_steps": 1,
     "steps": 2,
     "batch": 4,
     "pictures": 16,
@@ -102,9 +103,9 @@ PACKING_SPEED = Experiment(
 
 LOSS_POWER = Experiment(
     id="loss_power",
-    about="Half of the samples have a one-token answer (the largest of four digits), half describe the "
-    "scene in 70 to 90 "
-    "characters. Weights x^-p; model, data, order and steps are equal.",
+    about="All arms start from one model that has learned to read eight digits. Then half of the samples have a "
+    "one-token answer (the largest digit above), half a worksheet of 62 characters about all of them. Weights x^-p; "
+    "model, data, order and steps are equal.",
     run=rig_runs.loss_power,
     arms=(
         Arm(name="p0", what="every token weighs the same", settings={"power": 0.0}),
@@ -200,9 +201,9 @@ TILING = Experiment(
 
 JPEG = Experiment(
     id="jpeg",
-    about="Eight faint digits on grey, two tiles. Trained on pictures as they are, with random JPEG (75 to "
-    "100) of every "
-    "tile, or of the whole picture; read at falling JPEG quality. Model, steps and pictures are equal.",
+    about="Eight faint digits on grey, two tiles. All arms start from one model that has learned to read them, "
+    "and go on with pictures as they are, with random JPEG (75 to 100) of every tile, or of the whole picture; read at "
+    "falling JPEG quality. Model, steps and pictures are equal.",
     run=rig_runs.jpeg_training,
     arms=(
         Arm(name="none", what="no augmentation", settings={"augment": "none"}),
@@ -261,11 +262,10 @@ JPEG = Experiment(
 
 COT = Experiment(
     id="cot",
-    about="The sum modulo 10 of eight digits in a picture. A third of the samples reads the digits, two "
-    "thirds ask for the "
-    "sum, answered at once or step by step; model, steps and pictures are equal, learned tokens are not (2 "
-    "and about 55 an "
-    "answer). Votes are of sampled answers at temperature 0.8.",
+    about="The sum modulo 5 of eight digits (0 to 4) in a picture. All arms start from one model that has learned to "
+    "read them; then a third of the samples reads, two thirds ask for the sum, answered at once or step by step (the "
+    "digits, their running sums, the answer). Model, steps and pictures are equal, learned tokens are not (2 and 29 an "
+    "answer). Votes are of answers sampled at temperature 0.8.",
     run=rig_runs.cot,
     arms=(
         Arm(name="direct", what="answers at once", settings={"task": "sum"}),

@@ -245,26 +245,30 @@ class RigSource:
 
     def item(self, task: str, index: int) -> Item:
         """Return the picture with its question and answer, after what the data does to all pictures."""
-        if (task, index) not in self._items:
-            made = item(task, self.data.split, self.data.seed, index)
-            image = made.image
-            if self.data.detail:
-                shrunk = [max(1, n * self.data.detail // max(image.size)) for n in image.size]
-                image = image.resize((shrunk[0], shrunk[1]), Image.Resampling.BICUBIC)
-                image = image.resize(made.image.size, Image.Resampling.BICUBIC)
-            if self.data.quality:
-                image = jpeg(image, self.data.quality)
-            self._items[task, index] = replace(made, image=image)
-        return self._items[task, index]
+        found = self._items.get((task, index))
+        if found is not None:
+            return found
+        made = item(task, self.data.split, self.data.seed, index)
+        image = made.image
+        if self.data.detail:
+            shrunk = [max(1, n * self.data.detail // max(image.size)) for n in image.size]
+            image = image.resize((shrunk[0], shrunk[1]), Image.Resampling.BICUBIC)
+            image = image.resize(made.image.size, Image.Resampling.BICUBIC)
+        if self.data.quality:
+            image = jpeg(image, self.data.quality)
+        made = replace(made, image=image)
+        if self.data.augment == "image":  # they are needed again; otherwise their tiles are, which rows hold
+            self._items[task, index] = made
+        return made
 
     def row(self, task: str, index: int) -> Row:
         """Return the document with labels."""
         index = self._kept[task][index]
-        if (task, index) not in self._rows:
-            self._rows[task, index] = layout(_messages(self.item(task, index), True), self.spec, train=True)
-            if self.data.augment != "image":
-                self._items.pop((task, index), None)  # its tiles are in the row
-        return self._rows[task, index]
+        found = self._rows.get((task, index))
+        if found is None:
+            found = layout(_messages(self.item(task, index), True), self.spec, train=True)
+            self._rows[task, index] = found
+        return found
 
     def fetch(self, draws: Sequence[Draw], random: torch.Generator) -> Row:
         """Return the draws as one packed sequence, compressed anew where the data says so."""

@@ -76,6 +76,21 @@ def _train(trial: Trial, data: RigData, model: RigModel | None = None, steps: in
     return train_rig(recipe)[0]
 
 
+def _train_in_stages(trial: Trial, first: RigData, second: RigData) -> CausalVLM:
+    """Learn to see on ``first`` (``first_steps``, the same for all arms), then what the arm is about on ``second``."""
+    with tempfile.TemporaryDirectory(prefix="chiasm-rig-") as folder:
+        path = f"{folder}/first.safetensors"
+        state = _train(trial, first, steps=int(trial.budget["first_steps"])).state_dict()
+        save_file({n: t.contiguous() for n, t in state.items() if n in _own(state)}, path)
+        return _train(trial, second, _model(trial, start=path))
+
+
+def _own(state: Mapping[str, Tensor]) -> set[str]:
+    """Names of a state without those that share the memory of an earlier one (tied words)."""
+    seen: dict[int, str] = {}
+    return {seen.setdefault(tensor.data_ptr(), name) for name, tensor in state.items()}
+
+
 def _data(trial: Trial, tasks: Mapping[str, float], **more: Any) -> RigData:
     return RigData(**{"tasks": tasks, "seed": trial.seed, "size": int(trial.budget["pictures"]), **more})
 
@@ -213,7 +228,7 @@ def _best_fit(documents: list[Row], limit: int, buffer: int = 20) -> list[list[R
 def loss_power(trial: Trial) -> dict[str, float]:
     """A mixture of one-token and about sixty-token answers, learned with weights x^-p."""
     data = _data(trial, {"short": 1, "long": 1}, power=float(trial.arm.settings["power"]))
-    model = _train(trial, data)
+    model = _train_in_stages(trial, _data(trial, {"read": 1}), data)
     held, count = _held_out(trial, data), int(trial.budget["count"])
     return {
         "short": exact(model, held, "short", count=count),
@@ -245,7 +260,7 @@ def jpeg_training(trial: Trial) -> dict[str, float]:
     """Faint digits, trained with or without random JPEG, read at falling qualities."""
     augment: Any = trial.arm.settings["augment"]
     data = _data(trial, {"faint": 1}, max_tiles=2, augment=augment)
-    model = _train(trial, data)
+    model = _train_in_stages(trial, replace(data, augment="none"), data)
     count = int(trial.budget["count"])
     scores = {"clean": token_hits(model, _held_out(trial, data), "faint", count=count, only=DIGITS)}
     for quality in (100, 75, 50, 30):
@@ -255,12 +270,12 @@ def jpeg_training(trial: Trial) -> dict[str, float]:
 
 
 def cot(trial: Trial) -> dict[str, float]:
-    """The sum modulo 10 of eight digits in a picture: at once, step by step, and by vote of sampled steps."""
+    """The sum modulo 5 of eight digits in a picture: at once, step by step, and by vote of sampled steps."""
     task = str(trial.arm.settings["task"])
-    data = _data(trial, {"read": 1, task: 2})
-    model = _train(trial, data)
+    data = _data(trial, {"read_small": 1, task: 2})
+    model = _train_in_stages(trial, _data(trial, {"read_small": 1}), data)
     held, count, limit = _held_out(trial, data), int(trial.budget["count"]), 64
-    scores = {"read": token_hits(model, held, "read", count=count, only=DIGITS)}
+    scores = {"read": token_hits(model, held, "read_small", count=count, only=DIGITS)}
     if task == "sum":
         return scores | {"greedy": exact(model, held, task, count=count), "tokens": 2.0}
     truth = [RigSource(held).item(task, i).facts[0] for i in range(count)]
