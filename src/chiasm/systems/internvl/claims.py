@@ -33,7 +33,8 @@ TOY = {
 PACKING_EXACT = Experiment(
     id="packing_exact",
     about="The same documents with pictures, packed into one row and one by one; a random model in fp32. The arm "
-    "`positions` is the known mistake: documents told apart by restarting positions, not by the attention mask.",
+    "`positions` is the known mistake: documents told apart by restarting positions, not by the attention "
+    "mask.",
     run=rig_runs.packing_exact,
     arms=(
         Arm(name="isolated", what="packed, attention within documents", settings={"isolated": True}),
@@ -68,9 +69,9 @@ PACKING_EXACT = Experiment(
 
 PACKING_SPEED = Experiment(
     id="packing_speed",
-    about="Forward and backward over the same documents (lengths log-normal, median 200, sigma 0.9, half of "
-    "them learned, "
-    "up to four tiles): batches filled up to their longest document, or packs. CPU time of one thread.",
+    about="Forward and backward over the same documents (lengths log-normal, median 200, sigma 0.9, half of them "
+    "learned, up to four tiles): batches filled up to their longest document, or packs. CPU time of one "
+    "thread.",
     run=rig_runs.packing_speed,
     arms=(
         Arm(name="padded", what="batches of 8 as they come, filled up", settings={"packed": False}),
@@ -103,9 +104,9 @@ PACKING_SPEED = Experiment(
 
 LOSS_POWER = Experiment(
     id="loss_power",
-    about="All arms start from one model that has learned to read eight digits. Then half of the samples have a "
-    "one-token answer (the largest digit above), half a worksheet of 62 characters about all of them. Weights x^-p; "
-    "model, data, order and steps are equal.",
+    about="All arms start from one model that has learned to read four digits. Then half of the samples have a one- "
+    "token answer (the largest digit), half a worksheet of 59 characters about them. Weights x^-p; model, "
+    "data, order and steps are equal.",
     run=rig_runs.loss_power,
     arms=(
         Arm(name="p0", what="every token weighs the same", settings={"power": 0.0}),
@@ -137,11 +138,10 @@ LOSS_POWER = Experiment(
 
 TILING = Experiment(
     id="tiling",
-    about="Pages of 56 x 56 pixels with sixteen small digits; two questions, the digits and their common "
-    "colour. Model, "
-    "steps and pages are equal; `upsampled` sees a page that was shrunk to one tile and enlarged again, cut "
-    "into as many "
-    "tiles as `four`: the same tokens without the detail.",
+    about="Grainy pages of 56 x 56 pixels with sixteen small digits; two questions, the digits and their common "
+    "colour. Every arm learns on clean pages first. Model, steps and pages are equal; `upsampled` sees a page "
+    "that was shrunk to one tile and enlarged again, cut into as many tiles as `four`: the same tokens "
+    "without the detail.",
     run=rig_runs.tiling,
     arms=(
         Arm(name="one", what="one tile", settings={"tiles": 1, "thumbnail": False, "detail": 0}),
@@ -201,9 +201,9 @@ TILING = Experiment(
 
 JPEG = Experiment(
     id="jpeg",
-    about="Eight faint digits on grey, two tiles. All arms start from one model that has learned to read them, "
-    "and go on with pictures as they are, with random JPEG (75 to 100) of every tile, or of the whole picture; read at "
-    "falling JPEG quality. Model, steps and pictures are equal.",
+    about="Eight faint digits on grey, two tiles. All arms start from one model that has learned to read them, and "
+    "go on with pictures as they are, with random JPEG (75 to 100) of every tile, or of the whole picture; "
+    "read at falling JPEG quality. Model, steps and pictures are equal.",
     run=rig_runs.jpeg_training,
     arms=(
         Arm(name="none", what="no augmentation", settings={"augment": "none"}),
@@ -262,10 +262,10 @@ JPEG = Experiment(
 
 COT = Experiment(
     id="cot",
-    about="The sum modulo 5 of eight digits (0 to 4) in a picture. All arms start from one model that has learned to "
-    "read them; then a third of the samples reads, two thirds ask for the sum, answered at once or step by step (the "
-    "digits, their running sums, the answer). Model, steps and pictures are equal, learned tokens are not (2 and 29 an "
-    "answer). Votes are of answers sampled at temperature 0.8.",
+    about="The sum of eight digits (0 to 3) in a picture, written as one letter. All arms start from one model that "
+    "has learned to read them; then a third of the samples reads, two thirds ask for the sum, answered at "
+    "once or step by step (the digits, their running sums, the answer). Model, steps and pictures are equal, "
+    "learned tokens are not (2 and 29 an answer). Votes are of answers sampled at temperature 0.8.",
     run=rig_runs.cot,
     arms=(
         Arm(name="direct", what="answers at once", settings={"task": "sum"}),
@@ -305,8 +305,8 @@ COT = Experiment(
 
 COMPRESSION = Experiment(
     id="compression",
-    about="Eight digits from one tile of 16 patches, read through 4 tokens (unshuffle, mean, drop) or all 16; decoder, "
-    "encoder and steps are equal, the projector's first layer is as wide as its input.",
+    about="Eight digits from one tile of 16 patches, read through 4 tokens (unshuffle, mean, drop) or all 16; "
+    "decoder, encoder and steps are equal, the projector's first layer is as wide as its input.",
     run=rig_runs.compression,
     arms=(
         Arm(
@@ -352,9 +352,9 @@ COMPRESSION = Experiment(
 
 REPETITION = Experiment(
     id="repetition",
-    about="Descriptions of which 5 % repeat their first part: learned as they are, after the repetition "
-    "filter, or never "
-    "there. Texts are sampled at temperature 1; a text loops when over 40 % of its 10-grams had occurred in it before.",
+    about="Descriptions of which 5 % repeat their first part: learned as they are, after the repetition filter, or "
+    "never there. Texts are sampled at temperature 1; a text loops when over 40 % of its 10-grams had "
+    "occurred in it before.",
     run=rig_runs.repetition_filter,
     arms=(
         Arm(name="clean", what="no loops in the data", settings={"loops": False, "filtered": False}),
@@ -391,11 +391,9 @@ REPETITION = Experiment(
 
 PROGRESSIVE = Experiment(
     id="progressive",
-    about="A large decoder with an encoder from scratch, against half the compute: a quarter to train the "
-    "encoder under a "
-    "small decoder, a quarter for the large decoder with that encoder. Everything is learned in both; the "
-    "decoder is random "
-    "at first, so there is no warm-up of the projector alone.",
+    about="A large decoder with an encoder from scratch, against half the compute: a quarter to train the encoder "
+    "under a small decoder, a quarter for the large decoder with that encoder. Everything is learned in both; "
+    "the decoder is random at first, so there is no warm-up of the projector alone.",
     run=rig_runs.progressive,
     arms=(
         Arm(name="scratch", what="encoder and large decoder from scratch", settings={"from": "scratch"}),
@@ -418,9 +416,9 @@ PROGRESSIVE = Experiment(
 
 PROBES = Experiment(
     id="probes",
-    about="An encoder that learned to classify digits by the mean of its patches, before and after "
-    "next-token training on "
-    "descriptions; a linear probe of the mean and an attention-pool probe, both trained on frozen features.",
+    about="An encoder that learned to classify digits by the mean of its patches, before and after next-token "
+    "training on descriptions; a linear probe of the mean and an attention-pool probe, both trained on frozen "
+    "features.",
     run=rig_runs.probes,
     arms=(
         Arm(name="before", what="after classification", settings={"trained": False}),

@@ -228,7 +228,7 @@ def _best_fit(documents: list[Row], limit: int, buffer: int = 20) -> list[list[R
 def loss_power(trial: Trial) -> dict[str, float]:
     """A mixture of one-token and about sixty-token answers, learned with weights x^-p."""
     data = _data(trial, {"short": 1, "long": 1}, power=float(trial.arm.settings["power"]))
-    model = _train_in_stages(trial, _data(trial, {"read": 1}), data)
+    model = _train_in_stages(trial, _data(trial, {"scan": 1}), data)
     held, count = _held_out(trial, data), int(trial.budget["count"])
     return {
         "short": exact(model, held, "short", count=count),
@@ -247,7 +247,7 @@ def tiling(trial: Trial) -> dict[str, float]:
         thumbnail=bool(s["thumbnail"]),
         detail=int(s["detail"]),
     )
-    model = _train(trial, data)
+    model = _train_in_stages(trial, replace(data, tasks={"code_clean": 1}), data)
     held, count = _held_out(trial, data), int(trial.budget["count"])
     return {
         "text": token_hits(model, held, "code", count=count, only=DIGITS),
@@ -270,7 +270,7 @@ def jpeg_training(trial: Trial) -> dict[str, float]:
 
 
 def cot(trial: Trial) -> dict[str, float]:
-    """The sum modulo 5 of eight digits in a picture: at once, step by step, and by vote of sampled steps."""
+    """The sum of eight digits in a picture: at once, step by step, and by vote of sampled steps."""
     task = str(trial.arm.settings["task"])
     data = _data(trial, {"read_small": 1, task: 2})
     model = _train_in_stages(trial, _data(trial, {"read_small": 1}), data)

@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 from chiasm.data.mixture import derive_seed
 from chiasm.errors import ConfigError
 
-__all__ = ["CELL", "COLOURS", "TASKS", "Item", "item", "jpeg", "running_sums", "worksheet"]
+__all__ = ["CELL", "COLOURS", "TASKS", "Item", "item", "jpeg", "letter", "running_sums", "worksheet"]
 
 CELL = 14
 """Side of a cell in pixels: with patches of 7 and unshuffle 1/2, one visual token."""
@@ -37,8 +37,8 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 """Three letters each, so that answers of one kind have one length: a small model then learns in a few hundred
 steps, not in a few thousand, where in the picture the next character stands."""
 PAPER, INK, NIGHT = (230, 230, 230), (20, 20, 20), (25, 25, 25)
-BASE = 5
-"""Sums are modulo this, of digits below it: 25 facts of addition, which are learned in a few hundred steps."""
+SMALL = 4
+"""Digits of the sums are below this, so that every total of eight of them is one letter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,24 +72,33 @@ def jpeg(image: Image.Image, quality: int) -> Image.Image:
     return Image.open(io.BytesIO(buffer.getvalue())).convert("RGB")
 
 
+def letter(total: int) -> str:
+    """Return the one character that stands for a total: a for 0, b for 1, up to z."""
+    return chr(ord("a") + total)
+
+
 def running_sums(digits: list[int]) -> str:
-    """Spell the running sums modulo `BASE`, one digit each: [3, 4, 4] -> ``321``."""
-    totals = [sum(digits[: n + 1]) % BASE for n in range(len(digits))]
-    return "".join(map(str, totals))
+    """Spell the running sums, one letter each: [3, 0, 2] -> ``ddf``."""
+    return "".join(letter(sum(digits[: n + 1])) for n in range(len(digits)))
 
 
 def worksheet(digits: list[int]) -> str:
-    """Spell seven lines about digits: they, plus one, nine minus, halves, largest so far, parity, they again."""
-    lines = (
-        digits,
-        [(d + 1) % 10 for d in digits],
-        [9 - d for d in digits],
-        [d // 2 for d in digits],
-        [max(digits[: n + 1]) for n in range(len(digits))],
-        [d % 2 for d in digits],
-        digits,
+    """Spell twelve lines about digits: they, and functions of each of them alone (plus one, nine minus, halves, …)."""
+    functions = (
+        lambda d: d,
+        lambda d: (d + 1) % 10,
+        lambda d: 9 - d,
+        lambda d: d // 2,
+        lambda d: d % 2,
+        lambda d: (d + 5) % 10,
+        lambda d: d * d % 10,
+        lambda d: 3 * d % 10,
+        lambda d: max(d, 5),
+        lambda d: min(d, 5),
+        lambda d: (d - 1) % 10,
+        lambda d: d,
     )
-    return " ".join("".join(map(str, line)) for line in lines)
+    return " ".join("".join(str(f(d)) for d in digits) for f in functions)
 
 
 @lru_cache(maxsize=16)
@@ -106,7 +115,7 @@ def _write(
 # --- tiling: four panels of 2 x 2 small digits in one colour; the page is 2 x 2 tiles large -----------------
 
 
-def _page(random: np.random.Generator) -> tuple[Image.Image, str, str]:
+def _page(random: np.random.Generator, grain: float = 20.0) -> tuple[Image.Image, str, str]:
     """The page, its colour, and its digits panel by panel (the order of the tiles and of their tokens).
 
     Without grain nothing is lost by shrinking: a network reads 3-pixel digits of a clean page as well as any.
@@ -121,8 +130,8 @@ def _page(random: np.random.Generator) -> tuple[Image.Image, str, str]:
         shift = random.uniform(-1, 1, 2)
         centre = (CELL * (column + 0.5) + float(shift[0]), CELL * (row + 0.5) + float(shift[1]))
         _write(image, digit, centre, 8, COLOURS[name])
-    grain = np.asarray(image, np.float64) + random.normal(0, 20, (side, side, 1))
-    return Image.fromarray(grain.clip(0, 255).round().astype(np.uint8)), name, code
+    grainy = np.asarray(image, np.float64) + random.normal(0, 1, (side, side, 1)) * grain
+    return Image.fromarray(grainy.clip(0, 255).round().astype(np.uint8)), name, code
 
 
 def _code(random: np.random.Generator) -> Item:
@@ -130,9 +139,48 @@ def _code(random: np.random.Generator) -> Item:
     return Item(image, "text?", code, tuple(code))
 
 
+def _code_clean(random: np.random.Generator) -> Item:
+    image, _, code = _page(random, grain=0.0)
+    return Item(image, "text?", code, tuple(code))
+
+
 def _colour(random: np.random.Generator) -> Item:
     image, name, _ = _page(random)
     return Item(image, "colour?", name, (name,))
+
+
+# --- loss exponent: four coloured digits, one in each token; a short and a long answer about them ----------
+
+
+def _scene(random: np.random.Generator) -> tuple[Image.Image, list[int]]:
+    image = Image.new("RGB", (2 * CELL, 2 * CELL), NIGHT)
+    digits = [int(d) for d in random.integers(0, 10, 4)]
+    names = [list(COLOURS)[i] for i in random.integers(0, len(COLOURS), 4)]
+    for n, (digit, name) in enumerate(zip(digits, names, strict=True)):
+        _write(image, str(digit), (CELL * (n % 2 + 0.5), CELL * (n // 2 + 0.5)), 12, COLOURS[name])
+    return image, digits
+
+
+def _scan(random: np.random.Generator) -> Item:
+    image, digits = _scene(random)
+    answer = "".join(map(str, digits))
+    return Item(image, "digits", answer, tuple(answer))
+
+
+def _short(random: np.random.Generator) -> Item:
+    image, digits = _scene(random)
+    return Item(image, "largest", str(max(digits)), (str(max(digits)),))
+
+
+def _long(random: np.random.Generator) -> Item:
+    image, digits = _scene(random)
+    return Item(image, "worksheet", worksheet(digits), tuple(worksheet(digits).replace(" ", "")))
+
+
+def _long_loop(random: np.random.Generator) -> Item:
+    """The long question with an answer that repeats its first line, as broken generators write."""
+    image, digits = _scene(random)
+    return Item(image, "worksheet", " ".join(["".join(map(str, digits))] * 12))
 
 
 # --- probes: one large digit ----------------------------------------------
@@ -188,44 +236,29 @@ def _read(random: np.random.Generator) -> Item:
     return Item(image, "read", answer, tuple(answer))
 
 
-def _short(random: np.random.Generator) -> Item:
-    image, digits = _digits(random)
-    largest = str(max(digits[:4]))
-    return Item(image, "largest above", largest, (largest,))
-
-
-def _long(random: np.random.Generator) -> Item:
-    image, digits = _digits(random)
-    return Item(image, "worksheet", worksheet(digits), tuple(worksheet(digits)))
-
-
-def _long_loop(random: np.random.Generator) -> Item:
-    """The long question with an answer that repeats its first line, as broken generators write."""
-    image, digits = _digits(random)
-    return Item(image, "worksheet", " ".join(["".join(map(str, digits))] * 7))
-
-
 def _read_small(random: np.random.Generator) -> Item:
-    image, digits = _digits(random, BASE)
+    image, digits = _digits(random, SMALL)
     answer = "".join(map(str, digits))
     return Item(image, "read", answer, tuple(answer))
 
 
 def _sum(random: np.random.Generator) -> Item:
-    image, digits = _digits(random, BASE)
-    total = str(sum(digits) % BASE)
+    image, digits = _digits(random, SMALL)
+    total = letter(sum(digits))
     return Item(image, "sum", total, (total,))
 
 
 def _sum_cot(random: np.random.Generator) -> Item:
-    image, digits = _digits(random, BASE)
-    answer, total = "".join(map(str, digits)), str(sum(digits) % BASE)
+    image, digits = _digits(random, SMALL)
+    answer, total = "".join(map(str, digits)), letter(sum(digits))
     return Item(image, "sum, step by step", f"{answer} {running_sums(digits)}. Answer: {total}", (total,))
 
 
 TASKS: dict[str, Callable[[np.random.Generator], Item]] = {
+    "code_clean": _code_clean,
     "code": _code,
     "colour": _colour,
+    "scan": _scan,
     "short": _short,
     "long": _long,
     "long_loop": _long_loop,
