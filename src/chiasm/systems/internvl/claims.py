@@ -27,6 +27,7 @@ TOY = {
     "batch": 4,
     "pictures": 16,
     "count": 4,
+    "limit": 8,
 }
 """Sizes at which every mechanism runs and nothing is learned."""
 
@@ -105,8 +106,8 @@ PACKING_SPEED = Experiment(
 LOSS_POWER = Experiment(
     id="loss_power",
     about="All arms start from one model that has learned to read four digits. Then half of the samples have a one- "
-    "token answer (the largest digit), half a worksheet of 59 characters about them. Weights x^-p; model, "
-    "data, order and steps are equal.",
+    "token answer (the digit at the low right), half a worksheet of 59 characters about them. Weights x^-p; "
+    "model, data, order and steps are equal.",
     run=rig_runs.loss_power,
     arms=(
         Arm(name="p0", what="every token weighs the same", settings={"power": 0.0}),
@@ -133,7 +134,10 @@ LOSS_POWER = Experiment(
             gates=(Gate(side="p0:long", at_least=0.5),),
         ),
     ),
-    budgets={"ci": TOY, "mini": {"steps": 300, "batch": 32, "pictures": 20000, "count": 500}},
+    budgets={
+        "ci": TOY,
+        "mini": {"first_steps": 120, "steps": 120, "batch": 32, "pictures": 20000, "count": 500},
+    },
 )
 
 TILING = Experiment(
@@ -195,7 +199,10 @@ TILING = Experiment(
             gates=(Gate(side="four:text", at_least=0.7),),
         ),
     ),
-    budgets={"ci": TOY, "mini": {"steps": 300, "batch": 32, "pictures": 20000, "count": 300}},
+    budgets={
+        "ci": TOY,
+        "mini": {"first_steps": 250, "steps": 200, "batch": 32, "pictures": 20000, "count": 300},
+    },
     seeds=3,
 )
 
@@ -217,7 +224,7 @@ JPEG = Experiment(
             source="2412.05271 section 4.1 (random JPEG compression); effect size ours",
             kind="superior",
             compare=("none:q30", "tile:q30"),
-            delta=0.1,
+            delta=0.03,
             gates=(Gate(side="none:clean", at_least=0.9),),
         ),
         Claim(
@@ -226,7 +233,7 @@ JPEG = Experiment(
             source="as jpeg_q30",
             kind="superior",
             compare=("none:q50", "tile:q50"),
-            delta=0.1,
+            delta=0.06,
             gates=(Gate(side="none:clean", at_least=0.9),),
         ),
         Claim(
@@ -235,7 +242,7 @@ JPEG = Experiment(
             source="as jpeg_q30",
             kind="superior",
             compare=("none:q75", "tile:q75"),
-            delta=0.05,
+            delta=0.08,
             gates=(Gate(side="none:clean", at_least=0.9),),
         ),
         Claim(
@@ -257,15 +264,18 @@ JPEG = Experiment(
             gates=(Gate(side="image:q100", at_least=0.9),),
         ),
     ),
-    budgets={"ci": TOY, "mini": {"steps": 300, "batch": 32, "pictures": 20000, "count": 300}},
+    budgets={
+        "ci": TOY,
+        "mini": {"first_steps": 200, "steps": 100, "batch": 32, "pictures": 20000, "count": 300},
+    },
 )
 
 COT = Experiment(
     id="cot",
-    about="The sum of eight digits (0 to 3) in a picture, written as one letter. All arms start from one model that "
-    "has learned to read them; then a third of the samples reads, two thirds ask for the sum, answered at "
-    "once or step by step (the digits, their running sums, the answer). Model, steps and pictures are equal, "
-    "learned tokens are not (2 and 29 an answer). Votes are of answers sampled at temperature 0.8.",
+    about="The sum modulo 5 of eight digits (0 to 4) in a picture. All arms start from one model that has learned "
+    "to read them; then a third of the samples reads, two thirds ask for the sum, answered at once or step by "
+    "step (the digits, their running sums, the answer). Model, steps and pictures are equal, learned tokens "
+    "are not (2 and 29 an answer). Votes are of answers sampled at temperature 0.8.",
     run=rig_runs.cot,
     arms=(
         Arm(name="direct", what="answers at once", settings={"task": "sum"}),
@@ -300,7 +310,10 @@ COT = Experiment(
             gates=(Gate(side="cot:greedy", at_least=0.3, at_most=0.95),),
         ),
     ),
-    budgets={"ci": TOY, "mini": {"steps": 400, "batch": 32, "pictures": 20000, "count": 200}},
+    budgets={
+        "ci": TOY,
+        "mini": {"first_steps": 150, "steps": 170, "batch": 48, "pictures": 20000, "count": 200, "limit": 40},
+    },
 )
 
 COMPRESSION = Experiment(
@@ -384,7 +397,7 @@ REPETITION = Experiment(
     ),
     budgets={
         "ci": {**TOY, "loops": 0.5},
-        "mini": {"steps": 200, "batch": 32, "pictures": 4000, "count": 300, "loops": 0.05},
+        "mini": {"steps": 200, "batch": 32, "pictures": 4000, "count": 300, "loops": 0.05, "limit": 90},
     },
     seeds=3,
 )

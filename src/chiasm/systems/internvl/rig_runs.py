@@ -270,11 +270,11 @@ def jpeg_training(trial: Trial) -> dict[str, float]:
 
 
 def cot(trial: Trial) -> dict[str, float]:
-    """The sum of eight digits in a picture: at once, step by step, and by vote of sampled steps."""
+    """The sum modulo 5 of eight digits in a picture: at once, step by step, and by vote of sampled steps."""
     task = str(trial.arm.settings["task"])
     data = _data(trial, {"read_small": 1, task: 2})
     model = _train_in_stages(trial, _data(trial, {"read_small": 1}), data)
-    held, count, limit = _held_out(trial, data), int(trial.budget["count"]), 64
+    held, count, limit = _held_out(trial, data), int(trial.budget["count"]), int(trial.budget["limit"])
     scores = {"read": token_hits(model, held, "read_small", count=count, only=DIGITS)}
     if task == "sum":
         return scores | {"greedy": exact(model, held, task, count=count), "tokens": 2.0}

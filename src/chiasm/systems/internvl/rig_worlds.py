@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 from chiasm.data.mixture import derive_seed
 from chiasm.errors import ConfigError
 
-__all__ = ["CELL", "COLOURS", "TASKS", "Item", "item", "jpeg", "letter", "running_sums", "worksheet"]
+__all__ = ["CELL", "COLOURS", "TASKS", "Item", "item", "jpeg", "running_sums", "worksheet"]
 
 CELL = 14
 """Side of a cell in pixels: with patches of 7 and unshuffle 1/2, one visual token."""
@@ -37,8 +37,8 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 """Three letters each, so that answers of one kind have one length: a small model then learns in a few hundred
 steps, not in a few thousand, where in the picture the next character stands."""
 PAPER, INK, NIGHT = (230, 230, 230), (20, 20, 20), (25, 25, 25)
-SMALL = 4
-"""Digits of the sums are below this, so that every total of eight of them is one letter."""
+BASE = 5
+"""Sums are modulo this, of digits below it: at once they are hard (no sum of parts comes near), step by step easy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,14 +72,9 @@ def jpeg(image: Image.Image, quality: int) -> Image.Image:
     return Image.open(io.BytesIO(buffer.getvalue())).convert("RGB")
 
 
-def letter(total: int) -> str:
-    """Return the one character that stands for a total: a for 0, b for 1, up to z."""
-    return chr(ord("a") + total)
-
-
 def running_sums(digits: list[int]) -> str:
-    """Spell the running sums, one letter each: [3, 0, 2] -> ``ddf``."""
-    return "".join(letter(sum(digits[: n + 1])) for n in range(len(digits)))
+    """Spell the running sums modulo `BASE`, one digit each: [3, 4, 4] -> ``321``."""
+    return "".join(str(sum(digits[: n + 1]) % BASE) for n in range(len(digits)))
 
 
 def worksheet(digits: list[int]) -> str:
@@ -115,7 +110,7 @@ def _write(
 # --- tiling: four panels of 2 x 2 small digits in one colour; the page is 2 x 2 tiles large -----------------
 
 
-def _page(random: np.random.Generator, grain: float = 20.0) -> tuple[Image.Image, str, str]:
+def _page(random: np.random.Generator, grain: float = 15.0) -> tuple[Image.Image, str, str]:
     """The page, its colour, and its digits panel by panel (the order of the tiles and of their tokens).
 
     Without grain nothing is lost by shrinking: a network reads 3-pixel digits of a clean page as well as any.
@@ -169,7 +164,7 @@ def _scan(random: np.random.Generator) -> Item:
 
 def _short(random: np.random.Generator) -> Item:
     image, digits = _scene(random)
-    return Item(image, "largest", str(max(digits)), (str(max(digits)),))
+    return Item(image, "low right", str(digits[3]), (str(digits[3]),))
 
 
 def _long(random: np.random.Generator) -> Item:
@@ -237,20 +232,20 @@ def _read(random: np.random.Generator) -> Item:
 
 
 def _read_small(random: np.random.Generator) -> Item:
-    image, digits = _digits(random, SMALL)
+    image, digits = _digits(random, BASE)
     answer = "".join(map(str, digits))
     return Item(image, "read", answer, tuple(answer))
 
 
 def _sum(random: np.random.Generator) -> Item:
-    image, digits = _digits(random, SMALL)
-    total = letter(sum(digits))
+    image, digits = _digits(random, BASE)
+    total = str(sum(digits) % BASE)
     return Item(image, "sum", total, (total,))
 
 
 def _sum_cot(random: np.random.Generator) -> Item:
-    image, digits = _digits(random, SMALL)
-    answer, total = "".join(map(str, digits)), letter(sum(digits))
+    image, digits = _digits(random, BASE)
+    answer, total = "".join(map(str, digits)), str(sum(digits) % BASE)
     return Item(image, "sum, step by step", f"{answer} {running_sums(digits)}. Answer: {total}", (total,))
 
 
