@@ -13,7 +13,9 @@ import chiasm
 from chiasm.cli import app as app_module
 from chiasm.cli.terminal import paint
 
-VERBS = ("chat", "demo", "doctor", "list", "show", "plan", "convert", "train", "eval", "data")
+VERBS = (
+    *("chat", "demo", "doctor", "list", "show", "plan", "convert", "train", "eval", "reproduce", "data"),
+)
 
 
 def test_help_names_every_verb(run: Run) -> None:

@@ -26,6 +26,7 @@ from chiasm.cli.evaluate import eval_command
 from chiasm.cli.listing import list_command
 from chiasm.cli.parity import parity_command
 from chiasm.cli.plan import plan_command
+from chiasm.cli.reproduce import reproduce_command
 from chiasm.cli.show import show_command
 from chiasm.cli.terminal import fail, notes_to_stderr
 from chiasm.cli.train import train_command
@@ -67,6 +68,7 @@ app.command("convert")(convert_command)
 app.command("parity")(parity_command)
 app.command("train")(train_command)
 app.command("eval")(eval_command)
+app.command("reproduce")(reproduce_command)
 app.add_typer(data_app, name="data")
 
 
