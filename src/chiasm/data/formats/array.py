@@ -8,13 +8,11 @@ goes byte by byte. A file that is cut off keeps all elements but the last one re
 from __future__ import annotations
 
 import json
-import threading
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from chiasm.data.formats.files import Arrays, File, keep_index
+from chiasm.data.formats.files import Arrays, File, Indexed
 from chiasm.data.formats.lines import parse_json
 from chiasm.errors import DataError
 
@@ -33,42 +31,13 @@ _DEEPER[list(b"[{")] = 1
 _DEEPER[list(b"]}")] = -1
 
 
-class JsonArray:
-    """The elements of one JSON array.
+class JsonArray(Indexed):
+    """The elements of one JSON array."""
 
-    Args:
-        path: the file.
-        label: how errors name it.
-        cache: folder in which the index is kept, or None.
+    kind, empty = "array", "is an empty array"
 
-    Raises:
-        DataError: as `File`.
-    """
-
-    def __init__(self, path: Path, label: str, cache: Path | None = None) -> None:
-        self.file, self.label, self.cache = File(path), label, cache
-        self._index: Arrays | None = None
-        self._lock = threading.Lock()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_lock": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _lock=threading.Lock())
-
-    @property
-    def index(self) -> Arrays:
-        """Where the elements are; built when it is first asked for."""
-        if self._index is None:
-            with self._lock:
-                if self._index is None:
-                    self._index = keep_index("array", self.file, self.cache, lambda: index_array(self.file))
-                    if not len(self._index["starts"]):
-                        raise DataError(f"{self.label}: is an empty array; write it again")
-        return self._index
-
-    def __len__(self) -> int:
-        return len(self.index["starts"])
+    def _build(self) -> Arrays:
+        return index_array(self.file)
 
     def where(self, index: int) -> str:
         """``llava.json[16]``: the element, counted from 0 as in a JSON path."""

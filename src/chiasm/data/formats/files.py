@@ -2,7 +2,8 @@
 
 ``File`` reads with ``pread``, which has no position that threads could move under each other. A pool keeps few files
 open, however many shards there are. ``keep_index`` builds an index once and, where the user names a folder, reads it
-from there the next time, as long as size and time of the file are those it was built for.
+from there the next time, as long as size and time of the file are those it was built for. ``Indexed`` is a file that
+has one.
 Source: design of this package (no paper).
 """
 
@@ -17,13 +18,13 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
 from chiasm.errors import DataError
 
-__all__ = ["Arrays", "File", "Source", "head", "keep_index", "stamp"]
+__all__ = ["Arrays", "File", "Indexed", "Source", "head", "keep_index", "stamp"]
 
 Arrays = dict[str, np.ndarray]
 """An index: arrays of numbers by name."""
@@ -208,3 +209,55 @@ def keep_index(kind: str, file: File, cache: Path | None, build: Callable[[], Ar
             f"{cache}: the index cannot be kept here ({error.strerror}); name another folder"
         ) from error
     return arrays
+
+
+class Indexed:
+    """A file whose rows are found through an index that is built when it is first asked for.
+
+    Args:
+        path: the file.
+        label: how errors name it.
+        cache: folder in which the index is kept, or None.
+
+    Raises:
+        DataError: as `File`; from `index`, a file without rows.
+    """
+
+    kind: ClassVar[str]
+    """Names the index in the cache."""
+    empty: ClassVar[str]
+    """What is said of a file without rows."""
+
+    def __init__(self, path: Path, label: str, cache: Path | None = None) -> None:
+        self.file, self.label, self.cache = File(path), label, cache
+        self._index: Arrays | None = None
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
+
+    @property
+    def index(self) -> Arrays:
+        """Where the rows are."""
+        if self._index is None:
+            with self._lock:
+                if self._index is None:
+                    index = keep_index(self.kind, self.file, self.cache, self._build)
+                    if not self._rows(index):
+                        raise DataError(f"{self.label}: {self.empty}; write it again")
+                    self._index = index
+        return self._index
+
+    def __len__(self) -> int:
+        return self._rows(self.index)
+
+    def _build(self) -> Arrays:
+        """The index, from the file."""
+        raise NotImplementedError
+
+    def _rows(self, index: Arrays) -> int:
+        """How many rows an index names."""
+        return len(index["starts"])

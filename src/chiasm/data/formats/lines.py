@@ -8,13 +8,11 @@ readable.
 from __future__ import annotations
 
 import json
-import threading
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from chiasm.data.formats.files import Arrays, File, keep_index
+from chiasm.data.formats.files import Arrays, File, Indexed
 from chiasm.errors import DataError
 
 __all__ = ["JsonLines", "index_lines", "parse_json"]
@@ -25,42 +23,13 @@ _BOM = b"\xef\xbb\xbf"
 _BLANK = b" \t\r\n\x0b\x0c"
 
 
-class JsonLines:
-    """The rows of one JSON-lines file.
+class JsonLines(Indexed):
+    """The rows of one JSON-lines file."""
 
-    Args:
-        path: the file.
-        label: how errors name it.
-        cache: folder in which the index is kept, or None.
+    kind, empty = "lines", "holds no rows"
 
-    Raises:
-        DataError: as `File`.
-    """
-
-    def __init__(self, path: Path, label: str, cache: Path | None = None) -> None:
-        self.file, self.label, self.cache = File(path), label, cache
-        self._index: Arrays | None = None
-        self._lock = threading.Lock()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_lock": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _lock=threading.Lock())
-
-    @property
-    def index(self) -> Arrays:
-        """Where the rows are; built when it is first asked for."""
-        if self._index is None:
-            with self._lock:
-                if self._index is None:
-                    self._index = keep_index("lines", self.file, self.cache, lambda: index_lines(self.file))
-                    if not len(self._index["starts"]):
-                        raise DataError(f"{self.label}: holds no rows; write it again")
-        return self._index
-
-    def __len__(self) -> int:
-        return len(self.index["starts"])
+    def _build(self) -> Arrays:
+        return index_lines(self.file)
 
     def where(self, index: int) -> str:
         """``train.jsonl:17``: the number of the line, counted from 1 and with blank lines."""

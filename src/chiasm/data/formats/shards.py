@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import re
 import tarfile
-import threading
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from chiasm.data.formats.files import Arrays, File, head, keep_index
+from chiasm.data.formats.files import Arrays, File, Indexed, head
 from chiasm.data.formats.lines import parse_json
 from chiasm.errors import DataError
 
@@ -34,46 +34,25 @@ _TEXTS = ("txt", "text", "caption")
 _TALKS = ("conversations", "messages", "texts")
 
 
-class TarSamples:
-    """The samples of one tar file.
+class TarSamples(Indexed):
+    """The samples of one tar file; DataError also where it is compressed."""
 
-    Args:
-        path: the file.
-        label: how errors name it.
-        cache: folder in which the index is kept, or None.
-
-    Raises:
-        DataError: no file, empty, compressed.
-    """
+    kind, empty = "tar", "holds no samples"
 
     def __init__(self, path: Path, label: str, cache: Path | None = None) -> None:
         head(path, 512)
-        self.file, self.label, self.cache = File(path), label, cache
-        self._index: Arrays | None = None
-        self._endings: list[str] = []
-        self._lock = threading.Lock()
+        super().__init__(path, label, cache)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_lock": None}
+    def _build(self) -> Arrays:
+        return index_tar(self.file, self.label)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _lock=threading.Lock())
+    def _rows(self, index: Arrays) -> int:
+        return len(index["first"]) - 1
 
-    @property
-    def index(self) -> Arrays:
-        """Where the members are; built when it is first asked for."""
-        if self._index is None:
-            with self._lock:
-                if self._index is None:
-                    index = keep_index("tar", self.file, self.cache, lambda: index_tar(self.file, self.label))
-                    if len(index["first"]) < 2:
-                        raise DataError(f"{self.label}: holds no samples; write it again")
-                    self._endings = index["endings"].tobytes().decode("utf-8", "surrogateescape").split("\0")
-                    self._index = index
-        return self._index
-
-    def __len__(self) -> int:
-        return len(self.index["first"]) - 1
+    @cached_property
+    def _endings(self) -> list[str]:
+        """Endings of members' names, by number."""
+        return self.index["endings"].tobytes().decode("utf-8", "surrogateescape").split("\0")
 
     def key(self, index: int) -> str:
         """The name that a sample's members share."""
