@@ -18,9 +18,7 @@ SPLITS = ("train", "dev", "test")
 def art(assets):
     write_drawings(assets)
     write_photos(assets)
-    drawings_of.cache_clear()
-    yield assets
-    drawings_of.cache_clear()
+    return assets
 
 
 def test_drawings_of_test_are_in_no_other_split(art):
@@ -115,7 +113,6 @@ def test_drawings_can_be_grounded(art):
 
 
 def test_without_the_asset_the_message_names_the_packages(assets):
-    drawings_of.cache_clear()
     assert "clipart" not in available(among=["clipart", "scenes"])
     with pytest.raises(DataError, match="npm pack emojibase-data") as caught:
         ClipartWorld("train")

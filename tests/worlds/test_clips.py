@@ -11,7 +11,6 @@ import pytest
 
 from chiasm.data.message import parse_messages
 from chiasm.errors import DataError
-from chiasm.worlds.clipart import drawings_of
 from chiasm.worlds.clips import QUESTIONS, TIMES, ClipsWorld
 from chiasm.worlds.scenes import pairs_of
 from chiasm.worlds.sprites import COLOURS
@@ -143,12 +142,10 @@ def test_a_clip_is_a_video_of_the_conversation():
 def test_real_sprites_and_backgrounds(assets):
     write_drawings(assets)
     write_photos(assets)
-    drawings_of.cache_clear()
     world = ClipsWorld("test", size=14, sprites="drawings", photos=1.0)
     for sample in world:
         assert sample.meta["background"]["kind"] == "photo"
         assert all(thing["source"] for thing in sample.meta["objects"])
-    drawings_of.cache_clear()
 
 
 GOLDEN = {("train", 0): "e05ccecd4b0e2f91", ("dev", 5): "9ac37d8356c20fb3", ("test", 3): "ddac4eb7f33229dc"}

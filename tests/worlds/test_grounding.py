@@ -98,3 +98,10 @@ def test_bad_options_are_named():
         GroundingWorld("train", photos=0.5)
     with pytest.raises(DataError, match="npm pack emojibase-data"):
         GroundingWorld("train", sprites="drawings")
+
+
+def test_drawings_are_remembered_by_their_place(tmp_path, monkeypatch):
+    """What another folder held is not there any more when the environment names an empty one."""
+    monkeypatch.setenv("CHIASM_DATA", str(tmp_path / "empty"))
+    with pytest.raises(DataError, match="npm pack emojibase-data"):
+        GroundingWorld("train", sprites="drawings")

@@ -26,7 +26,7 @@ import numpy as np
 from PIL import Image
 
 from chiasm.errors import DataError
-from chiasm.worlds.assets import load_arrays
+from chiasm.worlds.assets import assets_dir, load_arrays
 from chiasm.worlds.scenes import pixels_of
 from chiasm.worlds.sprites import background, box_of, paste
 from chiasm.worlds.world import Sample, Thing, World
@@ -56,7 +56,6 @@ def _hash(*words: str) -> int:
     return int.from_bytes(hashlib.blake2s("/".join(words).encode(), digest_size=8).digest(), "little")
 
 
-@functools.lru_cache(maxsize=16)
 def drawings_of(
     split: str, held_out: HeldOut = "drawing", folder: str | Path | None = None
 ) -> tuple[Drawing, ...]:
@@ -65,6 +64,13 @@ def drawings_of(
     Raises:
         DataError: the asset "emoji" has not been prepared, unknown ``held_out``, or too few sets to hold any out.
     """
+    return _drawings(
+        split, held_out, assets_dir(folder)
+    )  # remembered by place, which the environment may change
+
+
+@functools.lru_cache(maxsize=16)
+def _drawings(split: str, held_out: HeldOut, folder: Path) -> tuple[Drawing, ...]:
     if held_out not in ("drawing", "style"):
         raise DataError(f"held_out={held_out!r}: choose drawing or style")
     arrays = load_arrays("emoji", folder)
@@ -147,7 +153,7 @@ class ClipartWorld(World):
             self._of_name.setdefault(drawing.name, []).append(drawing)
         self.names = _chosen(tuple(self._of_name), names)
         if photos:
-            _photos(split, folder)
+            _photos(split, assets_dir(folder))
         self._size = size if size is not None else (20_000 if split == "train" else 3 * len(self.names))
 
     def __len__(self) -> int:
@@ -251,7 +257,7 @@ def _chosen(known: tuple[str, ...], names: int | Sequence[str] | None) -> tuple[
 
 
 @functools.lru_cache(maxsize=8)
-def _photos(split: str, folder: str | Path | None) -> tuple[tuple[str, np.ndarray], ...]:
+def _photos(split: str, folder: Path) -> tuple[tuple[str, np.ndarray], ...]:
     """The split's photographs, divided by a hash of their names; every split has at least one if there are three."""
     arrays = load_arrays("photos", folder)
     names = sorted((str(name) for name in arrays["names"]), key=lambda name: _hash("photo", name))
@@ -271,7 +277,7 @@ def photo_crop(
     Raises:
         DataError: the asset "photos" has not been prepared.
     """
-    choice = _photos(split, folder)
+    choice = _photos(split, assets_dir(folder))
     name, photo = choice[int(rng.integers(len(choice)))]
     fit = min(photo.shape[1] / width, photo.shape[0] / height)
     scale = float(rng.uniform(min(1.0, fit) * 0.6, fit))

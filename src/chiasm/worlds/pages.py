@@ -82,9 +82,9 @@ def _sentences(text: str) -> tuple[str, ...]:
 
 
 @functools.lru_cache(maxsize=8)
-def _book(split: str, folder: str | Path | None) -> tuple[tuple[str, ...], ...]:
+def _book(split: str, folder: Path) -> tuple[tuple[str, ...], ...]:
     """Return the split's part of the prepared book as one passage of sentences."""
-    path = assets_dir(folder) / "text.txt"
+    path = folder / "text.txt"
     if not path.is_file():
         raise DataError(
             "no book for pages: prepare one with `python -m chiasm.eval.perplexity DIR` (its message says "
@@ -168,7 +168,7 @@ class PagesWorld(World):
                 f"real={real} rounds={rounds}: give a share 0..1 and 1..{len(QUESTIONS)} questions"
             )
         self.rounds, self.real, self.text = rounds, real, text
-        self.passages = sentences_of(split) if text == "passages" else _book(split, folder)
+        self.passages = sentences_of(split) if text == "passages" else _book(split, assets_dir(folder))
         self.faces = faces(split, fonts, folder)
         self.tables = tables_of(split)
         self._size = size if size is not None else (20_000 if split == "train" else 2_000)
