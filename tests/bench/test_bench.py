@@ -175,3 +175,17 @@ def test_worlds_are_timed_and_shown(script, tmp_path, monkeypatch) -> None:
         assert ("ok" in row) == bool(row["required"])
     worlds.sheet(tmp_path / "all.png")
     assert (tmp_path / "all.png").stat().st_size > 10_000
+
+
+def test_training_compares_equal_work(script) -> None:
+    """Both loops have the same loss on the same documents (else the script ends itself), and every row is there."""
+    rows = script("training").measure(toy=True)["rows"]
+    names = [row["name"] for row in rows]
+    assert [name for name in names if "grouped" not in name][:2] == [
+        "training, toy, cached features, float32",
+        "training, toy, end to end, float32",
+    ]
+    full, memory = rows[-2:]
+    assert full["ok"]
+    assert full["ours"]["median"] < full["peer"]["median"]
+    assert memory["ratio"] > 1

@@ -4,8 +4,11 @@ import numpy as np
 import pytest
 
 from chiasm.train import dense
-from chiasm.train.dense import FACTS, dense_facts
+from chiasm.train.dense import FACTS, MARKS, dense_facts, dense_marks
+from chiasm.worlds import sprites
+from chiasm.worlds.charts import ChartsWorld
 from chiasm.worlds.counting import COLOURS, SHAPES, CountingWorld, shape_mask
+from chiasm.worlds.grounding import GroundingWorld
 from chiasm.worlds.world import Sample
 
 
@@ -72,3 +75,52 @@ def test_other_families_have_no_facts():
     )
     assert (dense_facts(photo) == -100).all()
     assert list(FACTS.values()) == [27, len(SHAPES) + 1, len(COLOURS) + 1]
+
+
+def test_marks_of_grounding_scenes_are_under_the_patches() -> None:
+    world = GroundingWorld("train", size=12)
+    for index in range(12):
+        sample = world.sample(index)
+        (marks, paints), boxes = dense_marks(sample)
+        masks = {thing.label: thing.mask for thing in world.things(index)}
+        seen = set()
+        for q in range(64):
+            x, y = 8 * (q % 8) + 4, 8 * (q // 8) + 4
+            inside = [
+                thing
+                for thing in sample.meta["objects"]
+                if thing["box"][0] <= x < thing["box"][2] and thing["box"][1] <= y < thing["box"][3]
+            ]
+            if not inside:
+                assert (marks[q], paints[q]) == (MARKS["mark"] - 1, MARKS["paint"] - 1)
+                assert np.isnan(boxes[q]).all()
+                continue
+            (thing,) = inside
+            assert (sprites.SHAPES[marks[q]], dense.PAINTS[paints[q]]) == (thing["shape"], thing["colour"])
+            assert (boxes[q] * 64).tolist() == pytest.approx(thing["box"])
+            seen.add(thing["name"])
+        assert seen <= masks.keys()
+
+
+def test_marks_of_charts_have_the_colour_of_the_pixel() -> None:
+    world = ChartsWorld("train", size=40, pixels=64)
+    colours = 0
+    for index in range(40):
+        sample = world.sample(index)
+        (marks, paints), boxes = dense_marks(sample)
+        assert (marks == -100).all()
+        there = {mark["colour"] for mark in sample.meta["marks"]}
+        shown = {dense.PAINTS[p] for p in paints if p < len(dense.PAINTS)}
+        assert shown <= there
+        colours += len(shown)
+        if sample.meta["kind"] == "pie":
+            assert np.isnan(boxes).all()
+        for box in boxes[~np.isnan(boxes[:, 0])]:
+            assert [round(x) for x in (box * 64).tolist()] in [mark["box"] for mark in sample.meta["marks"]]
+    assert colours > 60
+
+
+def test_other_families_have_no_marks() -> None:
+    facts, boxes = dense_marks(word("abcd", [0, 16, 64, 32]))
+    assert (facts == -100).all()
+    assert np.isnan(boxes).all()

@@ -6,10 +6,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from chiasm.data.mixture import generator
-from chiasm.errors import ConfigError, DataError
+from chiasm.errors import CheckpointError, ConfigError, DataError
+from chiasm.media.boxes import iou
 from chiasm.parts.vision.internvit import InternViTConfig
+from chiasm.train import distill
 from chiasm.train.augment import augment, mirror
 from chiasm.train.distill import (
     Distill,
@@ -23,6 +26,8 @@ from chiasm.train.progress import Progress
 from chiasm.train.recipe import Recipe
 from chiasm.train.run import RunFolder
 from chiasm.train.trainer import Trainer
+from chiasm.worlds.charts import ChartsWorld
+from chiasm.worlds.grounding import GroundingWorld
 from chiasm.worlds.world import Sample, World
 
 VISION = InternViTConfig(
@@ -205,3 +210,72 @@ def test_counting_alone_trains_end_to_end(tmp_path):
     assert isinstance(trainer.objective, Distill)
     assert trainer.fit().scores.keys() == {"counting"}
     assert any(name.startswith("vision.") for name in run.load().weights)
+
+
+class NamedWorld(FakeWorld):
+    names = ("cat", "dog", "hat")
+
+    def sample(self, index):
+        return replace(super().sample(index), answer=self.names[index % 3])
+
+
+def wide_source():
+    train = {
+        "clipart": NamedWorld("clipart", "train"),
+        "grounding": GroundingWorld("train", size=12),
+        "charts": ChartsWorld("train", size=12, pixels=64),
+    }
+    dev = {
+        "clipart": NamedWorld("clipart", "dev"),
+        "grounding": GroundingWorld("dev", size=6),
+        "charts": ChartsWorld("dev", size=6, pixels=64),
+    }
+    return DistillSource(train, dev, dict.fromkeys(train, 1.0), None, 6)
+
+
+def test_stage_1b_teaches_drawings_boxes_and_charts(tmp_path):
+    """Every new head gets a gradient, the boxes of marked patches come nearer, and an encoder can be handed on."""
+    source = wide_source()
+    torch.manual_seed(0)
+    model = StudentSpec(vision=VISION).build()
+    objective = DistillObjective().build(model, source)
+    draws = [(family, index) for family in source.sizes for index in range(8)]
+    batch = source.fetch(draws, generator(1))
+    losses = []
+    optimizer = torch.optim.AdamW([*model.parameters(), *objective.parameters()], lr=3e-3)
+    for _ in range(30):
+        loss = objective.loss(model, batch)
+        (loss.total / loss.weight).backward()
+        losses.append(
+            {
+                name: float(torch.as_tensor(total).detach()) / float(count)
+                for name, (total, count) in loss.metrics.items()
+            }
+        )
+        for head in (objective.marks, objective.classes["clipart"]):
+            assert head.weight.grad.abs().sum() > 0
+        optimizer.step()
+        optimizer.zero_grad()
+    for name in ("grounding/edges", "charts/edges", "grounding/dense", "charts/dense", "clipart/loss"):
+        assert losses[-1][name] < 0.8 * losses[0][name], name
+    with torch.no_grad():
+        scores = objective.evaluate(model.eval(), source)
+    assert scores.keys() == {"clipart", "grounding", "charts"}
+    path = tmp_path / "eyes.safetensors"
+    save_file({name: p.detach().clone() for name, p in model.vision.state_dict().items()}, path)
+    again = StudentSpec(vision=VISION, start=str(path)).build()
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(model.vision.state_dict().values(), again.vision.state_dict().values(), strict=True)
+    )
+    with pytest.raises(CheckpointError, match="does not fit the encoder"):
+        StudentSpec(vision=replace(VISION, layers=2), start=str(path)).build()
+
+
+def test_boxes_and_their_overlap():
+    """The overlap that is scored is that of `media.boxes`."""
+    boxes = torch.rand(50, 4, generator=generator(3))
+    others = torch.rand(50, 4, generator=generator(4))
+    expected = [iou(a, b) for a, b in zip(boxes.tolist(), others.tolist(), strict=True)]
+    assert distill._iou(boxes, others).tolist() == pytest.approx(expected, abs=1e-6)
+    assert set(expected) != {0.0}

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tests.checkpoint import random_checkpoints as made
 
 from chiasm.data.datasets import DatasetSpec
 from chiasm.data.layout import layout
@@ -18,7 +17,6 @@ from chiasm.data.quarantine import QuarantinePolicy
 from chiasm.data.sequence import Sequence
 from chiasm.errors import ConfigError, DataError, UsageError
 from chiasm.media.tiles import TilePolicy
-from chiasm.systems.internvl.layouts import CheckpointLayout
 from chiasm.train.data import Source
 from chiasm.train.packed import PackedData, TokenizerLayout
 from chiasm.train.recipe import Recipe, apply_overrides, resolved
@@ -220,16 +218,6 @@ def test_settings_that_cannot_be_are_refused(folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"'a' is in data\.sets and in .*meta\.json: rename one"):
         node(folder, sets=sets).open()
     assert node(folder, meta="", sets=sets).open().sizes == {"a": 40}
-
-
-def test_a_checkpoint_lends_its_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(made, "VOCAB", byte_level().vocab_size)
-    made.write_original(tmp_path / "m", template="internvl2_5")
-    byte_level().save(tmp_path / "m")
-    own = CheckpointLayout(folder=str(tmp_path / "m"), max_tiles=3, loss_power=1.0, loss_count="response")
-    spec = own.layout()
-    assert spec.template.name == "internvl2_5"
-    assert (spec.tiles.max_tiles, spec.loss_power, spec.loss_count) == (3, 1.0, "response")
 
 
 def test_dev_sets_are_scored_and_never_drawn(folder: Path) -> None:

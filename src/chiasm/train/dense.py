@@ -35,7 +35,6 @@ MARKED = ("grounding", "charts")
 PAINTS = (*sprites.COLOURS, *(name for name in PALETTE if name not in sprites.COLOURS))
 MARKS: dict[str, int] = {"mark": len(sprites.SHAPES) + 1, "paint": len(PAINTS) + 1}
 """Like `FACTS`, of marks."""
-_INK = np.array(list(PALETTE.values()), np.float32)
 _NEAR = 40.0
 """Distance in RGB up to which a pixel of a chart has a colour of the palette."""
 
@@ -109,7 +108,7 @@ def dense_marks(sample: Sample) -> tuple[np.ndarray, np.ndarray]:
     if grounded:
         facts_FQ[0] = len(sprites.SHAPES)
     else:
-        facts_FQ[1] = _paints(sample.image)
+        facts_FQ[1] = _paints(sample)
     for thing in sample.meta["objects" if grounded else "marks"]:
         if "box" not in thing:
             continue
@@ -122,11 +121,13 @@ def dense_marks(sample: Sample) -> tuple[np.ndarray, np.ndarray]:
     return facts_FQ, boxes_QL
 
 
-def _paints(image_SS3: np.ndarray) -> np.ndarray:
-    """Return the colour of a chart's palette at the centre of every patch, the last class where there is none."""
+def _paints(sample: Sample) -> np.ndarray:
+    """Return the colour of a chart's mark at the centre of every patch, the last class where there is none."""
+    there = sorted({mark["colour"] for mark in sample.meta["marks"]})
     middle = PATCH // 2
-    pixels_Q3 = image_SS3[middle::PATCH, middle::PATCH].reshape(-1, 3).astype(np.float32)
-    distance_QP = np.linalg.norm(pixels_Q3[:, None] - _INK[None], axis=-1)
-    names = list(PALETTE)
-    nearest_Q = np.array([PAINTS.index(names[k]) for k in distance_QP.argmin(1)])
-    return np.where(distance_QP.min(1) <= _NEAR, nearest_Q, len(PAINTS))
+    pixels_Q3 = sample.image[middle::PATCH, middle::PATCH].reshape(-1, 3).astype(np.float32)
+    # Only of its own marks: paper and soft edges may look like another colour of the palette.
+    inks_M3 = np.array([PALETTE[name] for name in there], np.float32)
+    distance_QM = np.linalg.norm(pixels_Q3[:, None] - inks_M3[None], axis=-1)
+    nearest_Q = np.array([PAINTS.index(name) for name in there])[distance_QM.argmin(1)]
+    return np.where(distance_QM.min(1) <= _NEAR, nearest_Q, len(PAINTS))

@@ -59,6 +59,8 @@ class TokenizerLayout:
     system: str | None = None
     loss_power: float = 0.5
     loss_count: Count = "sample"
+    frame_tags: str | None = "training"
+    """How frames of videos are spelled; None: as the template does for answering."""
 
     def layout(self) -> LayoutSpec:
         """Return the rules."""
@@ -71,6 +73,7 @@ class TokenizerLayout:
             system=self.system,
             loss_power=self.loss_power,
             loss_count=self.loss_count,
+            frame_tags=self.frame_tags,
         )
 
 

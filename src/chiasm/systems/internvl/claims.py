@@ -1,8 +1,7 @@
 """The claims of InternVL 2.5's training recipe, in miniature: what is said, and what would refute it.
 
-Sources: InternVL 2.5 (2412.05271), 1.5 (2404.16821) for tiling. The papers publish no controlled comparison of
-these recipe
-items, so all effect sizes are expectations of ours. They were fixed after tuning on dev splits with seeds from 100 and
+Sources: InternVL 2.5 (2412.05271), 1.5 (2404.16821) for tiling. The papers publish no controlled comparison of these
+recipe items, so all effect sizes are expectations of ours. They are tuned on dev splits with seeds from 100 and fixed
 before any confirmation run; whoever changes one changes the fingerprint of its experiment (see docs/claims.md).
 
 Rig: tiles of 28 pixels, 16 patches and 4 tokens each, at most 4 tiles and a thumbnail; encoder 96 x 3 layers, decoder

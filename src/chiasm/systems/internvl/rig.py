@@ -289,9 +289,7 @@ class RigSource:
 
 
 def repetition(text: str, n: int = 10) -> float:
-    """Return the share of a text's n-grams (of characters) that had occurred in it before: 0 for none, "
-    "near 1 for loops.
-    """
+    """Return the share of a text's n-grams (of characters) that had occurred in it before: near 1 for loops."""
     grams = [text[i : i + n] for i in range(len(text) - n + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 

@@ -1,9 +1,8 @@
 """What the arms of InternVL's claims do: one function an experiment, from a ``Trial`` to its metrics.
 
-Source: InternVL 2.5 fact sheet, section 7. All training data is of the train split; what is measured is of the
-trial's own
-split (dev while tuning, test when confirming). Models and steps are equal between the arms of an experiment unless its
-arms say otherwise.
+Source: InternVL 2.5 fact sheet, section 7. All training data is of the train split; what is measured is of the trial's
+own split (dev while tuning, test when confirming). Models and steps are equal between the arms of an experiment unless
+its arms say otherwise.
 """
 
 from __future__ import annotations
