@@ -22,14 +22,14 @@ from chiasm.data.lint import (
     Report,
     Source,
     all_rules,
-    chosen,
     lint,
     scan,
 )
-from chiasm.data.lint_rules import RULES
-from chiasm.data.lint_sample import Reader, picture_hash
-from chiasm.data.lint_sets import DigestTable, Seen, script_of
-from chiasm.data.lint_text import markers_of
+from chiasm.data.lint.rules import RULES
+from chiasm.data.lint.run import chosen
+from chiasm.data.lint.sample import Reader, picture_hash
+from chiasm.data.lint.sets import DigestTable, Seen, script_of
+from chiasm.data.lint.text import markers_of
 from chiasm.errors import ChiasmError, ConfigError
 from chiasm.text.templates import TEMPLATES
 

@@ -296,7 +296,7 @@ _COLOURS = {"error": "red", "warning": "yellow", "note": "cyan"}
 
 def _lint_lines(report: Report, out: Path | None) -> list[str]:
     """Each rule with its first findings, the histograms, and a table of all rules that found something."""
-    from chiasm.data.lint_rules import RULES
+    from chiasm.data.lint.rules import RULES
     from chiasm.data.stats import bars, length_bins, merged, whole_bins
 
     lines: list[str] = []

@@ -11,9 +11,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from chiasm.data.lint_sample import Sample
+if TYPE_CHECKING:  # the linter fills these statistics and is above them
+    from chiasm.data.lint.sample import Sample
 
 __all__ = [
     "PARTS",

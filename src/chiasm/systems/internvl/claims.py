@@ -106,7 +106,8 @@ LOSS_POWER = Experiment(
     id="loss_power",
     about="All arms start from one model that has learned to read four digits. Then half of the samples have a one- "
     "token answer (the digit at the low right), half a worksheet of 59 characters about them. Weights x^-p; "
-    "model, data, order and steps are equal.",
+    "model, data, order and steps are equal. Given enough steps every arm learns both: what the exponent decides "
+    "is which of them first. So accuracy is the mean of looks after every twenty steps.",
     run=rig_runs.loss_power,
     arms=(
         Arm(name="p0", what="every token weighs the same", settings={"power": 0.0}),
@@ -116,35 +117,44 @@ LOSS_POWER = Experiment(
     claims=(
         Claim(
             id="power_short",
-            statement="Accuracy of one-token answers rises with the exponent p = 0, 0.5, 1.",
+            statement="One-token answers are learned the sooner, the larger the exponent p = 0, 0.5, 1.",
             source="2412.05271 section 4.2 (square averaging against bias to long or short answers); ordering ours",
             kind="monotone",
             compare=("p0:short", "p05:short", "p1:short"),
             delta=0.05,
-            gates=(Gate(side="p1:short", at_least=0.5),),
+            gates=(Gate(side="p1:short_end", at_least=0.8),),
         ),
         Claim(
             id="power_long",
-            statement="Quality of long answers (digits right, teacher-forced) falls with the exponent p = 0, 0.5, 1.",
+            statement="Long answers (digits right, teacher-forced) are learned the later, the larger the exponent.",
             source="as power_short",
             kind="monotone",
             compare=("p1:long", "p05:long", "p0:long"),
             delta=0.05,
-            gates=(Gate(side="p0:long", at_least=0.5),),
+            gates=(Gate(side="p0:long_end", at_least=0.8),),
         ),
     ),
     budgets={
-        "ci": TOY,
-        "mini": {"first_steps": 120, "steps": 120, "batch": 32, "pictures": 20000, "count": 500},
+        "ci": {**TOY, "look_every": 1},
+        "mini": {
+            "first_steps": 80,
+            "steps": 160,
+            "look_every": 20,
+            "batch": 32,
+            "pictures": 20000,
+            "count": 150,
+        },
     },
 )
 
 TILING = Experiment(
     id="tiling",
     about="Grainy pages of 56 x 56 pixels with sixteen small digits; two questions, the digits and their common "
-    "colour. Every arm learns on clean pages first. Model, steps and pages are equal; `upsampled` sees a page "
-    "that was shrunk to one tile and enlarged again, cut into as many tiles as `four`: the same tokens "
-    "without the detail.",
+    "colour, which also tints the page. Every arm first learns on clean quarter pages of one tile, then on "
+    "clean, sharp pages, cut in its own way. "
+    "Model, steps and pages are equal; tokens are not (4, 16, 20, 16): one tile has fewer tokens and less "
+    "detail, and only `upsampled` tells the two apart. Its pages were shrunk to one tile and enlarged again, "
+    "cut into as many tiles as `four`: the same tokens without the detail.",
     run=rig_runs.tiling,
     arms=(
         Arm(name="one", what="one tile", settings={"tiles": 1, "thumbnail": False, "detail": 0}),
@@ -176,8 +186,8 @@ TILING = Experiment(
             source=OURS,
             kind="superior",
             compare=("upsampled:text", "four:text"),
-            delta=0.15,
-            gates=(Gate(side="four:text", at_least=0.7),),
+            delta=0.08,
+            gates=(Gate(side="four:text", at_least=0.7), Gate(side="upsampled:text", at_least=0.4)),
         ),
         Claim(
             id="tiling_colour",
@@ -200,7 +210,14 @@ TILING = Experiment(
     ),
     budgets={
         "ci": TOY,
-        "mini": {"first_steps": 250, "steps": 200, "batch": 32, "pictures": 20000, "count": 300},
+        "mini": {
+            "panel_steps": 250,
+            "first_steps": 220,
+            "steps": 200,
+            "batch": 32,
+            "pictures": 20000,
+            "count": 300,
+        },
     },
     seeds=3,
 )
@@ -271,10 +288,10 @@ JPEG = Experiment(
 
 COT = Experiment(
     id="cot",
-    about="The sum modulo 5 of eight digits (0 to 4) in a picture. All arms start from one model that has learned "
+    about="The sum, modulo 5, of eight digits (0 to 3) in a picture. All arms start from one model that has learned "
     "to read them; then a third of the samples reads, two thirds ask for the sum, answered at once or step by "
-    "step (the digits, their running sums, the answer). Model, steps and pictures are equal, learned tokens "
-    "are not (2 and 29 an answer). Votes are of answers sampled at temperature 0.8.",
+    "step (the digits, their running sums, those modulo 5, the answer). Model, steps and pictures are equal, "
+    "learned tokens are not (2 and 38 an answer). Votes are of answers sampled at temperature 0.4.",
     run=rig_runs.cot,
     arms=(
         Arm(name="direct", what="answers at once", settings={"task": "sum"}),
@@ -311,7 +328,7 @@ COT = Experiment(
     ),
     budgets={
         "ci": TOY,
-        "mini": {"first_steps": 150, "steps": 170, "batch": 48, "pictures": 20000, "count": 200, "limit": 40},
+        "mini": {"first_steps": 150, "steps": 150, "batch": 48, "pictures": 20000, "count": 200, "limit": 60},
     },
 )
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import io
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Literal
@@ -332,20 +332,29 @@ def rig_recipe(
     )
 
 
-def train_rig(recipe: Recipe) -> tuple[CausalVLM, list[dict[str, Any]]]:
+def train_rig(
+    recipe: Recipe, *, every: int = 0, look: Callable[[CausalVLM], None] | None = None
+) -> tuple[CausalVLM, list[dict[str, Any]]]:
     """Run a recipe in a folder that is thrown away; return the model in eval mode and the measured rows.
+
+    ``look`` is called with the model after every ``every`` steps and after the last; it changes nothing of the run.
 
     Raises:
         KeyboardInterrupt: the run was asked to stop (the trainer turns signals into a clean stop).
     """
+    stops = [*range(every, recipe.steps, every), recipe.steps] if every and look else [recipe.steps]
     with tempfile.TemporaryDirectory(prefix="chiasm-rig-") as folder:
         run = RunFolder.create(folder, recipe, run_id="run")
         trainer = Trainer(recipe, run, progress=Progress(recipe.steps, io.StringIO()))
-        if not trainer.fit().finished:
-            raise KeyboardInterrupt
+        model = trainer.model
+        assert isinstance(model, CausalVLM)
+        for stop in stops:
+            trainer.fit(until=stop)
+            if trainer.step < stop:
+                raise KeyboardInterrupt
+            if look is not None:
+                look(model.eval())
         rows = run.metrics()
-    model = trainer.model
-    assert isinstance(model, CausalVLM)
     return model.eval(), rows
 
 

@@ -37,8 +37,9 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 """Three letters each, so that answers of one kind have one length: a small model then learns in a few hundred
 steps, not in a few thousand, where in the picture the next character stands."""
 PAPER, INK, NIGHT = (230, 230, 230), (20, 20, 20), (25, 25, 25)
-BASE = 5
-"""Sums are modulo this, of digits below it: at once they are hard (no sum of parts comes near), step by step easy."""
+BASE, SMALL = 5, 4
+"""Sums are of digits below `SMALL`, so that every running sum of eight is one letter, and are asked modulo `BASE`:
+at once that is hard (no sum of parts comes near), step by step it is easy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +74,9 @@ def jpeg(image: Image.Image, quality: int) -> Image.Image:
 
 
 def running_sums(digits: list[int]) -> str:
-    """Spell the running sums modulo `BASE`, one digit each: [3, 4, 4] -> ``321``."""
-    return "".join(str(sum(digits[: n + 1]) % BASE) for n in range(len(digits)))
+    """Spell the running sums, a letter each (a for 0), and again modulo `BASE`: [3, 0, 3] -> ``ddg 331``."""
+    sums = [sum(digits[: n + 1]) for n in range(len(digits))]
+    return "".join(chr(ord("a") + s) for s in sums) + " " + "".join(str(s % BASE) for s in sums)
 
 
 def worksheet(digits: list[int]) -> str:
@@ -110,7 +112,7 @@ def _write(
 # --- tiling: four panels of 2 x 2 small digits in one colour; the page is 2 x 2 tiles large -----------------
 
 
-def _page(random: np.random.Generator, grain: float = 15.0) -> tuple[Image.Image, str, str]:
+def _page(random: np.random.Generator, grain: float = 20.0) -> tuple[Image.Image, str, str]:
     """The page, its colour, and its digits panel by panel (the order of the tiles and of their tokens).
 
     Without grain nothing is lost by shrinking: a network reads 3-pixel digits of a clean page as well as any.
@@ -118,7 +120,8 @@ def _page(random: np.random.Generator, grain: float = 15.0) -> tuple[Image.Image
     side = 4 * CELL
     name = list(COLOURS)[random.integers(len(COLOURS))]
     code = "".join(str(d) for d in random.integers(0, 10, 16))
-    image = Image.new("RGB", (side, side), NIGHT)
+    tint = tuple(15 + channel // 8 for channel in COLOURS[name])
+    image = Image.new("RGB", (side, side), tint)
     for n, digit in enumerate(code):
         panel, cell = divmod(n, 4)
         column, row = 2 * (panel % 2) + cell % 2, 2 * (panel // 2) + cell // 2
@@ -134,9 +137,19 @@ def _code(random: np.random.Generator) -> Item:
     return Item(image, "text?", code, tuple(code))
 
 
+def _panel(random: np.random.Generator) -> Item:
+    image, _, code = _page(random, grain=0.0)
+    return Item(image.crop((0, 0, 2 * CELL, 2 * CELL)), "text?", code[:4], tuple(code[:4]))
+
+
 def _code_clean(random: np.random.Generator) -> Item:
     image, _, code = _page(random, grain=0.0)
     return Item(image, "text?", code, tuple(code))
+
+
+def _colour_clean(random: np.random.Generator) -> Item:
+    image, name, _ = _page(random, grain=0.0)
+    return Item(image, "colour?", name, (name,))
 
 
 def _colour(random: np.random.Generator) -> Item:
@@ -232,26 +245,28 @@ def _read(random: np.random.Generator) -> Item:
 
 
 def _read_small(random: np.random.Generator) -> Item:
-    image, digits = _digits(random, BASE)
+    image, digits = _digits(random, SMALL)
     answer = "".join(map(str, digits))
     return Item(image, "read", answer, tuple(answer))
 
 
 def _sum(random: np.random.Generator) -> Item:
-    image, digits = _digits(random, BASE)
+    image, digits = _digits(random, SMALL)
     total = str(sum(digits) % BASE)
     return Item(image, "sum", total, (total,))
 
 
 def _sum_cot(random: np.random.Generator) -> Item:
-    image, digits = _digits(random, BASE)
+    image, digits = _digits(random, SMALL)
     answer, total = "".join(map(str, digits)), str(sum(digits) % BASE)
     return Item(image, "sum, step by step", f"{answer} {running_sums(digits)}. Answer: {total}", (total,))
 
 
 TASKS: dict[str, Callable[[np.random.Generator], Item]] = {
+    "panel": _panel,
     "code_clean": _code_clean,
     "code": _code,
+    "colour_clean": _colour_clean,
     "colour": _colour,
     "scan": _scan,
     "short": _short,

@@ -14,8 +14,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import combinations
 
-from chiasm.data.lint_rules import declare
-from chiasm.data.lint_sample import Picture, Sample, digest8, normalised
+from chiasm.data.lint.rules import declare
+from chiasm.data.lint.sample import Picture, Sample, digest8, normalised
 
 __all__ = ["Answers", "DigestTable", "Languages", "Seen", "script_of"]
 

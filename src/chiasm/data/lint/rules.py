@@ -3,7 +3,7 @@
 Severities: an `error` is what training would refuse, or what certainly teaches something wrong; a `warning` is probably
 wrong; a `note` should be known. A rule yields one message for each thing it finds; the message says what and where in
 the row (turn, picture), the rule itself carries the remedy. Here are the rules for the row and its length; those for
-texts, media, boxes and whole sets are in `lint_text`, `lint_media`, `lint_boxes` and `lint_sets`. All are in `RULES`.
+texts, media, boxes and whole sets are in the modules beside this one. All are in `RULES`.
 
 Codes: C0 the row, C1 the text, C2 pictures and videos, C3 boxes, C4 length, C5 duplicates and leaks, C6 learning.
 """
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from chiasm.data.layout import LayoutSpec
-from chiasm.data.lint_sample import Sample
+from chiasm.data.lint.sample import Sample
 
 __all__ = ["ROW_CHECKS", "RULES", "Context", "Rule", "Severity", "declare", "rule"]
 

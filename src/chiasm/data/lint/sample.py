@@ -1,6 +1,6 @@
 """One row under the linter's eye: read, its pictures' headers looked at, its tokens counted as training would.
 
-Nothing here judges; `chiasm.data.lint_rules` does. A `Sample` also holds why reading or laying out failed, in the words
+Nothing here judges; `chiasm.data.lint.rules` does. A `Sample` also holds why reading or laying out failed, in the words
 of the code that training runs (`parse_messages`, `prompt_pieces`, `encode_pieces`), so the two cannot disagree.
 
 A picture's header is read once while it stays among the last few thousand paths. Its `digest` is over the size and the

@@ -16,8 +16,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from chiasm.data.lint_rules import Context, declare, rule
-from chiasm.data.lint_sample import Sample
+from chiasm.data.lint.rules import Context, declare, rule
+from chiasm.data.lint.sample import Sample
 
 __all__ = ["BoxConvention", "FoundBox", "boxes_of", "looks_like"]
 

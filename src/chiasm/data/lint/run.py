@@ -1,11 +1,11 @@
 """The linter: one lazy pass over data sets, and what is wrong with them by file and line.
 
 It is right about training by construction: rows are read, rendered and counted by the code that training uses
-(`chiasm.data.lint_sample`), what that code refuses is an error (rule C008 at the latest), and "no error" means that
+(`chiasm.data.lint.sample`), what that code refuses is an error (rule C008 at the latest), and "no error" means that
 `layout(..., train=True)` succeeds, but for damage behind a picture's header, which takes `decode`.
 
 One pass, in order. Rows are read and judged by themselves in threads, a bounded number ahead; rules over sets see them
-one by one. Memory: the findings shown (a few for each rule), digests for duplicates (`chiasm.data.lint_sets`, some 150
+one by one. Memory: the findings shown (a few for each rule), digests for duplicates (`chiasm.data.lint.sets`, some 150
 bytes a row), counters of fixed size. All findings go to `on_finding` as they come.
 """
 
@@ -22,11 +22,11 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from chiasm.data import lint_boxes, lint_media, lint_text
 from chiasm.data.layout import LayoutSpec
-from chiasm.data.lint_rules import ROW_CHECKS, RULES, Context, Rule
-from chiasm.data.lint_sample import Reader, Sample
-from chiasm.data.lint_sets import Answers, Languages, Seen
+from chiasm.data.lint import boxes, media, text
+from chiasm.data.lint.rules import ROW_CHECKS, RULES, Context, Rule
+from chiasm.data.lint.sample import Reader, Sample
+from chiasm.data.lint.sets import Answers, Languages, Seen
 from chiasm.data.stats import SetStats
 from chiasm.errors import ConfigError, UsageError
 
@@ -45,7 +45,7 @@ __all__ = [
     "scan",
 ]
 
-_ = (lint_media, lint_text)  # their rules enter themselves
+_ = (media, text)  # their rules enter themselves
 Done = TypeVar("Done")
 SEVERITIES = ("error", "warning", "note")
 _CHUNK = 8  # rows that a thread takes at once
@@ -392,7 +392,7 @@ class _OneSet:
     """The rules that look at one set as a whole."""
 
     def __init__(self) -> None:
-        self.boxes, self.answers, self.languages = lint_boxes.BoxConvention(), Answers(), Languages()
+        self.boxes, self.answers, self.languages = boxes.BoxConvention(), Answers(), Languages()
 
     def see(self, sample: Sample) -> None:
         self.boxes.see(sample)

@@ -12,8 +12,8 @@ from functools import lru_cache
 
 from chiasm.data.filters import Loops, loop_share
 from chiasm.data.layout import LayoutSpec
-from chiasm.data.lint_rules import Context, rule
-from chiasm.data.lint_sample import Sample
+from chiasm.data.lint.rules import Context, rule
+from chiasm.data.lint.sample import Sample
 from chiasm.text.templates import TEMPLATES, Template
 
 __all__ = ["markers_of"]

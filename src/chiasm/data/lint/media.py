@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from chiasm.data.lint_rules import Context, rule
-from chiasm.data.lint_sample import Sample
+from chiasm.data.lint.rules import Context, rule
+from chiasm.data.lint.sample import Sample
 
 __all__ = ["HUGE_PIXELS", "THIN", "TINY"]
 
