@@ -177,6 +177,13 @@ def test_worlds_are_timed_and_shown(script, tmp_path, monkeypatch) -> None:
     assert (tmp_path / "all.png").stat().st_size > 10_000
 
 
+def test_loader_measures_pictures_and_waiting(script) -> None:
+    alone, waited = script("loader").measure(toy=True)["rows"]
+    assert 0 < alone["ours"]["median"] < 1000
+    assert 0 <= waited["ours"]["median"] <= 100
+    assert waited["ok"] == (waited["ours"]["median"] < 5)
+
+
 def test_training_compares_equal_work(script) -> None:
     """Both loops have the same loss on the same documents (else the script ends itself), and every row is there."""
     rows = script("training").measure(toy=True)["rows"]
