@@ -42,6 +42,7 @@ bench: .venv/.stamp-dev
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/loader.py
 	$(BIN)/python benchmarks/plan_training.py
 	$(BIN)/python benchmarks/parity.py
 	$(BIN)/python benchmarks/inference.py

@@ -31,8 +31,6 @@ from PIL import Image
 
 sys.path.insert(0, str(HERE.parent / "tests"))
 
-from tiny_tokenizers import byte_level
-
 from chiasm.media.tiles import TilePolicy
 from chiasm.model.causal import CausalVLM
 from chiasm.parts.language.config import LanguageConfig
@@ -46,6 +44,7 @@ from chiasm.train.recipe import Optim, Recipe
 from chiasm.train.run import RunFolder
 from chiasm.train.sft import FinetuneObjective
 from chiasm.train.trainer import Trainer
+from tiny_tokenizers import byte_level
 
 SIDE = 448
 LIMIT = 0.05
