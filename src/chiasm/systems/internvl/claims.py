@@ -211,7 +211,7 @@ TILING = Experiment(
     budgets={
         "ci": TOY,
         "mini": {
-            "panel_steps": 250,
+            "panel_steps": 300,
             "first_steps": 220,
             "steps": 200,
             "batch": 32,

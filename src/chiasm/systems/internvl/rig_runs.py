@@ -279,7 +279,7 @@ def tiling(trial: Trial) -> dict[str, float]:
         thumbnail=bool(s["thumbnail"]),
         detail=int(s["detail"]),
     )
-    panels = replace(data, tasks={"panel": 1}, detail=0, max_tiles=1)
+    panels = replace(data, tasks={"panel": 2, "panel_colour": 1}, detail=0, max_tiles=1)
     clean = replace(data, tasks={"code_clean": 2, "colour_clean": 1}, detail=0)
     model = _train_in_stages(trial, clean, data, panels=panels)
     held, count = _held_out(trial, data), int(trial.budget["count"])

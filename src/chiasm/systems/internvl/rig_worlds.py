@@ -142,6 +142,11 @@ def _panel(random: np.random.Generator) -> Item:
     return Item(image.crop((0, 0, 2 * CELL, 2 * CELL)), "text?", code[:4], tuple(code[:4]))
 
 
+def _panel_colour(random: np.random.Generator) -> Item:
+    image, name, _ = _page(random, grain=0.0)
+    return Item(image.crop((0, 0, 2 * CELL, 2 * CELL)), "colour?", name, (name,))
+
+
 def _code_clean(random: np.random.Generator) -> Item:
     image, _, code = _page(random, grain=0.0)
     return Item(image, "text?", code, tuple(code))
@@ -264,6 +269,7 @@ def _sum_cot(random: np.random.Generator) -> Item:
 
 TASKS: dict[str, Callable[[np.random.Generator], Item]] = {
     "panel": _panel,
+    "panel_colour": _panel_colour,
     "code_clean": _code_clean,
     "code": _code,
     "colour_clean": _colour_clean,
