@@ -7,8 +7,8 @@ documents sorted by length before they are batched (`group_by_length`), which ch
 the documents and computes logits of the learned rows only.
 
 Documents: text lengths log-normal (median 200, sigma 0.9), three tenths of them learned, at the end; tiles from
-`chiasm.data.packing.EXAMPLE_TILES`. Two shapes: width 192 and the width of Qwen2-0.5B (896), four layers each, the
-vocabulary of Qwen2.5 (151,674), and an encoder of four layers; packs of 4,096 tokens and 12 tiles. "Cached" leaves the
+`chiasm.data.packing.EXAMPLE_TILES`. Two shapes: width 192 and the width of Qwen2-0.5B (896), four layers each, a
+vocabulary of 32,768 words, and an encoder of four layers; packs of 4,096 tokens and 12 tiles. "Cached" leaves the
 encoder out of both (its features are given). Costs are CPU milliseconds for each token that is not padding, in float32
 and in bfloat16 (autocast, weights in float32).
 
@@ -55,6 +55,9 @@ TOKENS, MAX_TILES, BUFFER = 8192, 24, 20
 """Limits of a pack."""
 PADDED = 8
 """Documents of one padded batch."""
+VOCABULARY = 32_768
+"""With the 151,674 words of Qwen2.5 the peer's logits of a padded batch, which it keeps in float32 together with their
+gradient, did not fit into 24 GB. A smaller one is in the peer's favour: the logits that ours leaves out are cheaper."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,7 +107,7 @@ def _vision(width: int, heads: int, patch: int, side: int) -> InternViTConfig:
 
 def shapes(*, toy: bool = False) -> list[Shape]:
     """The two published shapes: small (16 rows a tile) and that of Qwen2-0.5B (64 rows a tile of 224 pixels)."""
-    vocab = 512 if toy else 151_674
+    vocab = 512 if toy else VOCABULARY
     small = InternVLConfig(
         vision=_vision(96, 4, 7, 56),
         language=_language(192, 3, 1, 512, vocab),

@@ -25,6 +25,9 @@ def measure(trial: Trial) -> dict[str, float]:
             out.write(f"{trial.arm.name} {trial.seed} {trial.split} {trial.budget['steps']}\n")
     if os.environ.get("LAB_TOYS_FAIL") == f"{trial.arm.name}{trial.seed}":
         raise DataError("the data is gone: bring it back")
+    if os.environ.get("LAB_TOYS_PIDS"):
+        (Path(os.environ["LAB_TOYS_PIDS"]) / str(os.getpid())).touch()
+        time.sleep(120)
     time.sleep(float(trial.budget.get("sleep", 0)))
     gain = {"a": 0.0, "b": 0.3, "c": -0.1}[trial.arm.name]
     return {"accuracy": 0.5 + gain + 0.01 * trial.seed, "error": ERROR, "odd": float("inf")}

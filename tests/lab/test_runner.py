@@ -157,3 +157,44 @@ def test_a_killed_runner_goes_on_where_it_was(tmp_path: Path, log: Path, number:
     run_trials([slow], kept, {"toy": [0, 1, 2]})
     assert len(kept.results(slow, range(3))) == 9
     assert len(calls(log)) == before + 9 - done
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+def test_a_killed_runner_takes_its_processes_along(tmp_path: Path) -> None:
+    """They would otherwise compute for as long as their runs take, and nobody would keep what they find."""
+    pids = tmp_path / "pids"
+    pids.mkdir()
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[2])\n"
+        "from chiasm.lab.runner import Store, run_trials\n"
+        "from lab_toys import TOY\n"
+        "if __name__ == '__main__':\n"
+        "    store = Store(sys.argv[1], 'toys', 'mini', 'confirmation')\n"
+        "    run_trials([TOY], store, {'toy': [0]}, jobs=2, home='lab_toys')\n"
+    )
+    file = tmp_path / "runner.py"
+    file.write_text(script)
+    process = subprocess.Popen(
+        [sys.executable, str(file), str(tmp_path / "work"), str(HERE)],
+        env=os.environ | {"LAB_TOYS_PIDS": str(pids), "PYTHONPATH": str(HERE)},
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 60
+    while len(list(pids.iterdir())) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.kill()
+    process.wait(30)
+    workers = [int(path.name) for path in pids.iterdir()]
+    assert len(workers) == 2
+    while any(map(_lives, workers)) and time.monotonic() < deadline + 30:
+        time.sleep(0.05)
+    assert not any(map(_lives, workers))
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    stat = Path(f"/proc/{pid}/stat")
+    return not (stat.exists() and stat.read_text().rpartition(")")[2].split()[0] == "Z")

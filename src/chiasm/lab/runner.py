@@ -14,6 +14,8 @@ import importlib
 import json
 import math
 import multiprocessing
+import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -223,7 +225,9 @@ def _make(experiment: Experiment, job: Job) -> Result:
 
 def _in_processes(todo: Sequence[Job], home: str, jobs: int) -> Iterator[tuple[Job, Result]]:
     """Yield results as they come; what has not begun when an error or an interruption comes is dropped."""
-    pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
+    pool = ProcessPoolExecutor(
+        jobs, mp_context=multiprocessing.get_context("spawn"), initializer=_end_with_parent
+    )
     waiting: dict[Future[Result], Job] = {}
     left = list(todo)
     try:
@@ -236,6 +240,18 @@ def _in_processes(todo: Sequence[Job], home: str, jobs: int) -> Iterator[tuple[J
                 yield waiting.pop(future), future.result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """Let a killed parent take this process along; it would otherwise go on for as long as its runs take."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def _elsewhere(home: str, job: Job) -> Result:
