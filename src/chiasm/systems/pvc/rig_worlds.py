@@ -229,19 +229,13 @@ def _drawn(
     task: str, split: str, seed: int, first: int, count: int, kinds: tuple[str, ...]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Digits of the page, way, kind, cell that is asked about and answer of each item; one generator an item."""
-    page_NRC = np.empty((count, CELLS, CELLS), np.int64)
+    classes_NC, places_NC = np.empty((count, CELLS**2), np.int64), np.empty((count, CELLS**2))
     way_N, kind_N, asked_N, answer_N = (np.full(count, -1, np.int64) for _ in range(4))
-    pool = _pool(split)
     for n in range(count):
         index = first + n
         rng = np.random.Generator(np.random.PCG64(derive_seed(seed, "pvc", task, split, index)))
         kind = kinds[index % len(kinds)]
-        classes = rng.integers(0, 10, CELLS**2)
-        places = rng.random(CELLS**2)
-        page = [
-            pool[digit][int(place * len(pool[digit]))] for digit, place in zip(classes, places, strict=True)
-        ]
-        page_NRC[n] = np.reshape(page, (CELLS, CELLS))
+        classes_NC[n], places_NC[n] = rng.integers(0, 10, CELLS**2), rng.random(CELLS**2)
         kind_N[n] = CLIP_QUESTIONS.index(kind)
         asked_N[n] = rng.integers(CELLS**2) if kind == "digit" else 0
         if task == "clip":
@@ -249,15 +243,19 @@ def _drawn(
             fitting = _fitting(split, kind, int(wanted))
             way_N[n] = fitting[rng.integers(len(fitting))]
             answer_N[n] = _FIRST[kind] + wanted
-    return page_NRC, way_N, kind_N, asked_N, answer_N
+    row_D, first_C, size_C = _pool(split)
+    page_NC = row_D[first_C[classes_NC] + (places_NC * size_C[classes_NC]).astype(np.int64)]
+    return page_NC.reshape(count, CELLS, CELLS), way_N, kind_N, asked_N, answer_N
 
 
 @lru_cache(maxsize=len(SPLITS))
-def _pool(split: str) -> tuple[np.ndarray, ...]:
-    """The split's digits by class."""
+def _pool(split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The split's digits by class, and where each class begins among them and how many it has."""
     _, class_D, split_D = load_digits()
-    own_D = split_D == SPLITS.index(split)
-    return tuple(np.flatnonzero(own_D & (class_D == digit)) for digit in range(10))
+    own_D = np.flatnonzero(split_D == SPLITS.index(split))
+    row_D = own_D[np.argsort(class_D[own_D], kind="stable")]
+    size_C = np.bincount(class_D[row_D], minlength=10)
+    return row_D, np.cumsum(size_C) - size_C, size_C
 
 
 @lru_cache(maxsize=128)
