@@ -35,6 +35,7 @@ class Bench:
         max_new_tokens: limit of a direct answer.
         frames: frames of a video; None where there are only pictures.
         prefer: spellings of the question's field to be looked for first.
+        folder_fps: frames a second of a video that lies as a folder of frames (MVBench's from TVQA: 3); None for 1.
         subtitles: show the subtitles of the frames that are taken (those of a whole video where all are), as the hint.
         upscale: enlargement of the first picture before tiling in mode "original" (MMMU's released script).
     """
@@ -49,6 +50,7 @@ class Bench:
     max_new_tokens: int = 100
     frames: int | None = None
     prefer: tuple[str, ...] = ()
+    folder_fps: float | None = None
     subtitles: bool = False
     upscale: int = 1
 
@@ -197,6 +199,7 @@ _ALL = (
         cot="cot_choice",
         max_new_tokens=100,
         frames=VIDEO_FRAMES,
+        folder_fps=3.0,
     ),
     _video_choice("videomme", "Video-MME, without subtitles"),
     _video_choice("videomme_subs", "Video-MME, with subtitles", subtitles=True),
