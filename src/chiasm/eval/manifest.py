@@ -47,7 +47,7 @@ class Manifest:
         tiles: fields of the tile policy.
         frames: frames taken of a video; None for pictures.
         video: how videos are looked at: {"sampling", "formula", "tiles_per_frame", "tokens_per_tile",
-            "frame_tags", "clips", "subtitles"}; empty for pictures.
+            "frame_tags", "folder_fps", "clips", "subtitles"}; empty for pictures.
         decoding: {"kind", "max_new_tokens", and for sampling "temperature", "top_p", "votes"}.
         seed: of sampling.
         model: {"name", "weights" (a hash), "dtype", "template", "system", …}.

@@ -270,9 +270,18 @@ def test_frames_of_videos(tmp_path):
     model = Says(lambda text, seed: "A")
     result = run_bench(model, get_bench("mvbench"), items, Settings(frames=4))
     (film,), text, _ = model.asked[0]
-    assert film == {"type": "video", "video": str(folder), "mode": "middle", "frames": 4, "clip": [0.0, 2.0]}
+    # MVBench has folders of frames, three a second: its clips are in seconds.
+    assert film == {
+        "type": "video",
+        "video": str(folder),
+        "mode": "middle",
+        "frames": 4,
+        "clip": [0.0, 2.0],
+        "folder_fps": 3.0,
+    }
     assert text.endswith("Only give the best option.")
     assert result.manifest.frames == 4
+    assert result.manifest.video["folder_fps"] == 3.0
     real = run_bench(tiny_chat(), replace(get_bench("mvbench"), max_new_tokens=3), items, Settings(frames=2))
     assert real.tokens["prompt"] > 0
 

@@ -123,6 +123,7 @@ def run_bench(
             items[n],
             prompts,
             frames=frames,
+            folder_fps=bench.folder_fps,
             orient=orient,
             upscale=upscale,
             subtitles=bench.subtitles,
@@ -191,6 +192,7 @@ def messages_of(
     prompts: tuple[Prompt, Prompt],
     *,
     frames: int | None = None,
+    folder_fps: float | None = None,
     orient: bool = True,
     upscale: int = 1,
     subtitles: bool = False,
@@ -223,6 +225,8 @@ def messages_of(
             part |= {"mode": "middle", "frames": frames}
         if item.clip is not None:
             part["clip"] = list(item.clip)
+        if folder_fps is not None and Path(item.video).is_dir():
+            part["folder_fps"] = folder_fps
         parts.append(part)
     prompt = prompts[0] if item.options else prompts[1]
     options = {} if _shown(item) else item.options
@@ -435,6 +439,8 @@ def _video_facts(bench: Bench, frames: int | None, items: Sequence[Item], spec: 
             "tokens_per_tile": spec.frame_rows,
             "frame_tags": spec.frame_spelling.before,
         }
+    if bench.folder_fps is not None:
+        found["folder_fps"] = bench.folder_fps
     if any(item.clip for item in items):
         found["clips"] = sum(item.clip is not None for item in items)
     if bench.subtitles:
@@ -451,11 +457,15 @@ def _video_facts(bench: Bench, frames: int | None, items: Sequence[Item], spec: 
     return found
 
 
-def _sampling(frames: int | None, clip: tuple[float, float] | None, spec: Any) -> FrameSampling:
+def _sampling(
+    frames: int | None, clip: tuple[float, float] | None, spec: Any, folder_fps: float | None = None
+) -> FrameSampling:
     """As `LayoutSpec.frame_sampling` of the part that `messages_of` writes."""
     asked: dict[str, Any] = {} if frames is None else {"mode": "middle", "frames": frames}
     if clip is not None:
         asked["clip"] = clip
+    if folder_fps is not None:
+        asked["folder_fps"] = folder_fps
     return FrameSampling(**asked) if spec is None else spec.frame_sampling(Part("video", "", asked))
 
 
@@ -463,7 +473,7 @@ def _said(item: Item, part: Mapping[str, Any], spec: Any) -> str:
     """The subtitles of the frames that will be taken; only time stamps of the video are read."""
     try:
         lines = read_subtitles(item.subtitles or "")
-        sampling = _sampling(part.get("frames"), item.clip, spec)
+        sampling = _sampling(part.get("frames"), item.clip, spec, part.get("folder_fps"))
         with open_video(item.video or "", folder_fps=sampling.folder_fps) as video:
             times = [video.times[index] for index in video.plan(sampling)]
     except ChiasmError as error:
