@@ -416,7 +416,8 @@ def to_row(record: Record | Sequence[Turn], *, where: str = "record") -> dict[st
 
     Raises:
         DataError: what the format cannot hold: media in other than user turns, media without a path, pictures together
-            with a video, several videos, other sampling than `clip` and `folder_fps`, other parts than text, image, video.
+            with a video, several videos, other sampling than `clip` and `folder_fps`, other parts than text, image,
+            video.
     """
     if not isinstance(record, Record):
         record = Record(turns=tuple(record))
