@@ -1,15 +1,20 @@
 """Layout: from messages to the Sequence that a model reads.
 
-Source: fact sheet InternVL 2.5, sections 2.9 (templates, image expansion, label masks) and 3.3 (tile budget).
+Source: fact sheet InternVL 2.5, sections 2.9 (templates, image expansion, label masks) and 3.3 (tile budget); fact
+sheet PVC, section 2.1 (repeats).
 
 Every picture becomes `<img>`, then K rows of `<IMG_CONTEXT>` for each of its tiles (row by row, thumbnail last), then
 `</img>`. Only the context rows stand for media (`kind_T == IMAGE`); an embedder overwrites them. One function lays
 out training and inference, so the text that a model is asked is the text that it was taught.
 
+A model that encodes a still picture as a short video of equal frames (PVC) takes R * K rows a tile
+(`LayoutSpec.repeats`). The tiles lie in the media once, the picture stays one Span, which says how often (`repeats`).
+
 A video becomes its sampled frames, each a picture of one tile with a tag of its own ("Frame1: ", spelled as
 `LayoutSpec.frame_tags` says), numbered anew in every video. Frames are media of their own, media["video"] with the
 time of each, `kind_T == VIDEO`, one Span a frame; the spans of one video have one `group`. They take no part in the
-tile budget of the pictures.
+tile budget of the pictures. With `LayoutSpec.frame_tiles` a frame has up to so many tiles, cut by the same policy; the
+size of the first frame decides for the whole video, and a video that changes its size is refused.
 
 Rules
 - The texts of a conversation must not spell `<img>`, `</img>` or `<IMG_CONTEXT>`, in any turn: such rows would claim
@@ -23,7 +28,8 @@ Training asks for more than inference, sample by sample: another tile limit (`ma
 for frames that are drawn at random, and a change of the cut tiles (`augment`, JPEG). They are arguments, not fields of
 the spec: one spec serves all samples. `measure` takes the first two, so that it counts what will be laid out.
 
-Legend: T rows, K rows a tile, N tiles of all pictures, F frames of all videos, S side of a tile in pixels.
+Legend: T rows, K rows a tile, R repeats, N tiles of all pictures, F tiles of all frames of all videos, S side of a
+tile in pixels.
 """
 
 from __future__ import annotations
@@ -34,7 +40,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import accumulate
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from PIL.Image import Image
@@ -42,7 +48,7 @@ from torch import Tensor
 
 from chiasm.data.message import Part, Turn, parse_messages, spell_turn
 from chiasm.data.sequence import IMAGE, TEXT, VIDEO, MediaBatch, Sequence, Span
-from chiasm.errors import ConfigError, ContextOverflowError, DataError, TemplateError
+from chiasm.errors import ConfigError, ContextOverflowError, DataError, ImageError, TemplateError
 from chiasm.media.frames import FrameSampling
 from chiasm.media.image import open_image
 from chiasm.media.size import image_size
@@ -58,13 +64,22 @@ __all__ = [
     "Block",
     "LayoutSpec",
     "Measure",
+    "RepeatOrder",
+    "Shot",
     "check_length",
+    "count_shots",
     "count_tokens",
     "layout",
     "measure",
     "prompt_pieces",
     "prompt_text",
 ]
+
+RepeatOrder = Literal["tile", "repeat"]
+"""Rows of a repeated span: all repeats of tile 0, then those of tile 1, …; or all tiles once, then all again, …"""
+
+Shot = tuple[int, int]
+"""(frames, tiles of a frame) of a video."""
 
 Augment = Callable[[Tensor], Tensor]
 """The uint8 tiles (N, 3, S, S) of one picture or one frame -> the same shape, changed."""
@@ -90,6 +105,11 @@ class LayoutSpec:
             of the template's source (transformers' with `frames="hf"` there, else the release's).
         frame_tags: how frames are spelled, "docs", "hf" or "training" (`chiasm.text.templates.FRAME_TAGS`). Default:
             the template's own, which is "docs" for all but `internvl-hf`.
+        repeats: R, how often every tile of a picture is encoded: it takes R * K rows.
+        repeat_order: in which order these rows lie, "tile" or "repeat" (`RepeatOrder`).
+        frame_tiles: largest number of tiles of a video's frame (a thumbnail, where the policy wants one, comes on
+            top, as for pictures).
+        video_repeats: how often every tile of a frame is encoded.
     """
 
     tokenizer: Tokenizer
@@ -105,12 +125,22 @@ class LayoutSpec:
     loss_count: Count = "sample"
     sampling: FrameSampling | None = None
     frame_tags: str | None = None
+    repeats: int = 1
+    repeat_order: RepeatOrder = "tile"
+    frame_tiles: int = 1
+    video_repeats: int = 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "template", get_template(self.template))
         _ = self.frame_spelling
-        if self.tokens_per_tile < 1:
-            raise ConfigError(f"tokens_per_tile must be at least 1, found {self.tokens_per_tile}")
+        for name in ("tokens_per_tile", "repeats", "frame_tiles", "video_repeats"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(f"{name} must be a whole number of at least 1, found {value!r}")
+        if self.repeat_order not in get_args(RepeatOrder):
+            raise ConfigError(
+                f"repeat_order is {self.repeat_order!r}: use {' or '.join(get_args(RepeatOrder))}"
+            )
         if self.max_length is not None and self.max_length < 1:
             raise ConfigError(f"max_length must be at least 1 or None, found {self.max_length}")
         if not 0 <= self.loss_power <= 1:
@@ -129,6 +159,20 @@ class LayoutSpec:
     def frame_spelling(self) -> FrameTags:
         """How frames are spelled; ConfigError for an unknown name."""
         return get_frame_tags(self.frame_tags or self.template.frames)
+
+    @property
+    def image_rows(self) -> int:
+        """Rows that one tile of a picture takes: R * K."""
+        return self.repeats * self.tokens_per_tile
+
+    @property
+    def frame_rows(self) -> int:
+        """Rows that one tile of a frame takes."""
+        return self.video_repeats * self.tokens_per_tile
+
+    def shot(self, frames: int, size: tuple[int, int]) -> Shot:
+        """A video of so many frames of (width, height) pixels."""
+        return frames, 1 if self.frame_tiles == 1 else self.tiles.count(*size, self.frame_tiles)
 
     def limited(self, max_tiles: int | None) -> LayoutSpec:
         """The same rules with another limit of tiles; None leaves it."""
@@ -193,7 +237,7 @@ class Measure:
 
     Attributes:
         tokens: T.
-        tiles: tiles of all pictures and frames of all videos.
+        tiles: tiles of all pictures and of all frames of all videos, each once however often it is encoded.
         learned: rows that carry a label.
         cuts: the blocks that must not be cut, in order; between them a document may be cut at any row.
         runs: (first, end) of every run of rows that carry labels, in order: one for each answer.
@@ -234,24 +278,34 @@ class _Films:
     videos: list[Video] = field(default_factory=list)
     plans: list[list[int]] = field(default_factory=list)
 
-    @property
-    def counts(self) -> list[int]:
-        """Frames of each video."""
-        return [len(plan) for plan in self.plans]
+    def shots(self, spec: LayoutSpec) -> list[Shot]:
+        """Frames of each video and tiles of each of them; a first frame is decoded where that decides."""
+        return [
+            (len(plan), 1) if spec.frame_tiles == 1 else spec.shot(len(plan), video.size)
+            for video, plan in zip(self.videos, self.plans, strict=True)
+        ]
 
-    def batch(self, tiles: TilePolicy, augment: Augment | None) -> tuple[MediaBatch, list[int]]:
-        """Decode: (F, 3, S, S) with times, and the number of the video that each frame is from.
+    def batch(self, spec: LayoutSpec, augment: Augment | None) -> tuple[MediaBatch, list[Shot]]:
+        """Decode: (F, 3, S, S) with times, and for each frame the number of its video and its tiles.
 
         One frame after the other is cut, so that no more than one is held in full size.
         """
         data: list[Tensor] = []
         times: list[float] = []
-        for video, plan in zip(self.videos, self.plans, strict=True):
+        places: list[tuple[int, int]] = []
+        for n, (video, plan) in enumerate(zip(self.videos, self.plans, strict=True)):
             for image, when in video.each(plan):
-                data.append(_augmented(tiles.tile(image, 1), augment))
-                times.append(when)
-        groups = [n for n, count in enumerate(self.counts) for _ in range(count)]
-        return MediaBatch(torch.cat(data), torch.tensor(times, dtype=torch.float32)), groups
+                if spec.frame_tiles > 1 and image.size != video.size:
+                    (width, height), (wide, high) = video.size, image.size
+                    raise ImageError(
+                        f"{video.name}: its frames have {width}x{height} pixels, but {wide}x{high} at {when:.2f} s: "
+                        "they cannot share one tiling; convert it to one size, or take one tile a frame"
+                    )
+                tiles_N3SS = _augmented(spec.tiles.tile(image, spec.frame_tiles), augment)
+                data.append(tiles_N3SS)
+                times += [when] * len(tiles_N3SS)
+                places.append((n, len(tiles_N3SS)))
+        return MediaBatch(torch.cat(data), torch.tensor(times, dtype=torch.float32)), places
 
 
 def layout(
@@ -282,7 +336,8 @@ def layout(
 
     Returns:
         A Sequence with media["image"] (N, 3, S, S) uint8 if there are pictures and media["video"] (F, 3, S, S) uint8
-        with times if there are videos; one Span a picture and one a frame, whose key is a hash of its tiles.
+        with times if there are videos; one Span a picture and one a frame, whose key is a hash of its tiles. Pictures
+        have group -1: each tile stands for itself. Tiles of one frame have one time.
 
     Raises:
         DataError: malformed messages, a reserved token in a text, parts that are no text or user's picture, or, in
@@ -300,29 +355,45 @@ def layout(
     counts = spec.tiles.counts(image.size for image in images)
     with ExitStack() as opened:
         films = _open_films(turns, spec, video_opener, opened, seed)
-        rows = _lay_rows(turns, spec, counts, films.counts, train, generate)
-        _check_length(rows, spec, counts, films.counts)
+        shots = films.shots(spec)
+        rows = _lay_rows(turns, spec, counts, shots, train, generate)
+        _check_length(rows, spec, counts, shots)
         if train:
             _check_learned(rows)
         if films.videos:
-            batch, groups = films.batch(spec.tiles, augment)
-            for n, (start, length) in enumerate(rows.places("video")):
-                key = _key(batch.data[n : n + 1])
+            batch, frames = films.batch(spec, augment)
+            first = 0
+            for (group, items), (start, length) in zip(frames, rows.places("video"), strict=True):
                 spans.append(
                     Span(
-                        media="video", start=start, length=length, first=n, items=1, key=key, group=groups[n]
+                        media="video",
+                        start=start,
+                        length=length,
+                        first=first,
+                        items=items,
+                        key=_key(batch.data[first : first + items]),
+                        group=group,
+                        repeats=spec.video_repeats,
                     )
                 )
+                first += items
             media["video"] = batch
     if images:
         limit = spec.tiles.budget(len(images))
         tiles = [_augmented(spec.tiles.tile(image, limit), augment) for image in images]
         firsts = accumulate((len(group) for group in tiles), initial=0)
         for group, first, (start, length) in zip(tiles, firsts, rows.places("image"), strict=False):
-            span = Span(
-                media="image", start=start, length=length, first=first, items=len(group), key=_key(group)
+            spans.append(
+                Span(
+                    media="image",
+                    start=start,
+                    length=length,
+                    first=first,
+                    items=len(group),
+                    key=_key(group),
+                    repeats=spec.repeats,
+                )
             )
-            spans.append(span)
         media["image"] = MediaBatch(torch.cat(tiles) if len(tiles) > 1 else tiles[0])
     T = len(rows.ids)
     kind_T = torch.full((T,), TEXT, dtype=torch.int8)
@@ -350,7 +421,7 @@ def count_tokens(
     spec: LayoutSpec,
     *,
     sizes: Iterable[tuple[int, int]] | None = None,
-    frames: Iterable[int] | None = None,
+    frames: Iterable[int | Shot] | None = None,
     train: bool = False,
     generate: bool | None = None,
     opener: Callable[..., Image] | None = None,
@@ -363,14 +434,15 @@ def count_tokens(
         spec: the rules.
         sizes: (width, height) in pixels of every picture in order, upright; default: read from the pictures' headers,
             or from the pictures as `opener` opens them.
-        frames: how many are taken of every video in order; default: from the videos' time stamps.
+        frames: how many are taken of every video in order, or (frames, tiles of a frame) where the spec allows
+            several; default: from the videos' time stamps and the size of their first frame.
         train: as in `layout`.
         generate: as in `layout`.
         opener: as in `layout`; pictures are decoded for it.
         video_opener: as in `layout`.
     """
     turns = parse_messages(messages)
-    counts, shots = _count_tiles(turns, spec, sizes, opener), _count_frames(turns, spec, frames, video_opener)
+    counts, shots = _count_tiles(turns, spec, sizes, opener), _count_shots(turns, spec, frames, video_opener)
     return len(_lay_rows(turns, spec, counts, shots, train, generate).ids)
 
 
@@ -379,7 +451,7 @@ def measure(
     spec: LayoutSpec,
     *,
     sizes: Iterable[tuple[int, int]] | None = None,
-    frames: Iterable[int] | None = None,
+    frames: Iterable[int | Shot] | None = None,
     train: bool = False,
     generate: bool | None = None,
     opener: Callable[..., Image] | None = None,
@@ -394,19 +466,18 @@ def measure(
     """
     turns, spec = parse_messages(messages), spec.limited(max_tiles)
     counts = _count_tiles(turns, spec, sizes, opener)
-    shots = _count_frames(turns, spec, frames, video_opener, seed)
+    shots = _count_shots(turns, spec, frames, video_opener, seed)
     rows = _lay_rows(turns, spec, counts, shots, train, generate)
     if train:
         _check_learned(rows)
     runs = _runs(rows.learned) if train else ()
-    left = iter(counts)
     cuts = tuple(
-        (start - 1, length + 2, next(left) if kind == "image" else 1)
+        (start - 1, length + 2, length // (spec.image_rows if kind == "image" else spec.frame_rows))
         for start, length, kind in zip(rows.starts, rows.lengths, rows.kinds, strict=True)
     )
     return Measure(
         tokens=len(rows.ids),
-        tiles=sum(counts) + sum(shots),
+        tiles=sum(tiles for *_, tiles in cuts),
         learned=sum(end - first for first, end in runs),
         cuts=cuts,
         runs=runs,
@@ -418,7 +489,7 @@ def check_length(
     spec: LayoutSpec,
     *,
     sizes: Iterable[tuple[int, int]] | None = None,
-    frames: Iterable[int] | None = None,
+    frames: Iterable[int | Shot] | None = None,
     train: bool = False,
     generate: bool | None = None,
     opener: Callable[..., Image] | None = None,
@@ -426,7 +497,7 @@ def check_length(
 ) -> None:
     """Raise the ContextOverflowError that `layout` would, without decoding; arguments as of `count_tokens`."""
     turns = parse_messages(messages)
-    counts, shots = _count_tiles(turns, spec, sizes, opener), _count_frames(turns, spec, frames, video_opener)
+    counts, shots = _count_tiles(turns, spec, sizes, opener), _count_shots(turns, spec, frames, video_opener)
     _check_length(_lay_rows(turns, spec, counts, shots, train, generate), spec, counts, shots)
 
 
@@ -434,7 +505,7 @@ def prompt_text(
     messages: Any,
     spec: LayoutSpec,
     *,
-    frames: Iterable[int] | None = None,
+    frames: Iterable[int | Shot] | None = None,
     train: bool = False,
     generate: bool | None = None,
     video_opener: Callable[..., Video] = open_video,
@@ -454,15 +525,29 @@ def prompt_pieces(
     messages: Any,
     spec: LayoutSpec,
     *,
-    frames: Iterable[int] | None = None,
+    frames: Iterable[int | Shot] | None = None,
     train: bool = False,
     generate: bool | None = None,
     video_opener: Callable[..., Video] = open_video,
 ) -> list[Piece]:
     """The text of `prompt_text` in the pieces that are tokenised apart, each with whether it is learned."""
     turns = parse_messages(messages)
-    shots = _count_frames(turns, spec, frames, video_opener)
+    shots = _count_shots(turns, spec, frames, video_opener)
     return _render(turns, spec, shots, train, generate)[0]
+
+
+def count_shots(
+    messages: Any,
+    spec: LayoutSpec,
+    *,
+    video_opener: Callable[..., Video] = open_video,
+    seed: int | None = None,
+) -> list[Shot]:
+    """(frames, tiles of a frame) that `layout` takes of every video, in order; also what `frames` may be elsewhere.
+
+    Nothing is decoded but, where the spec allows several tiles, the first frame of each.
+    """
+    return _count_shots(parse_messages(messages), spec, None, video_opener, seed)
 
 
 def _media(turns: list[Turn]) -> dict[str, list[Part]]:
@@ -549,31 +634,35 @@ def _count_tiles(
     return spec.tiles.counts(found)
 
 
-def _count_frames(
+def _count_shots(
     turns: list[Turn],
     spec: LayoutSpec,
-    given: Iterable[int] | None,
+    given: Iterable[int | Shot] | None,
     opener: Callable[..., Video],
     seed: int | None = None,
-) -> list[int]:
-    """Frames of each video, as told or as found."""
+) -> list[Shot]:
+    """Frames of each video and tiles of each of them, as told or as found."""
     if given is None:
         with ExitStack() as opened:
-            return _open_films(turns, spec, opener, opened, seed).counts
+            return _open_films(turns, spec, opener, opened, seed).shots(spec)
     found, videos = list(given), _media(turns)["video"]
     if len(found) != len(videos):
         raise DataError(f"{len(videos)} video(s) but {len(found)} number(s) of frames: give one each")
-    return found
+    if spec.frame_tiles > 1 and any(isinstance(shot, int) for shot in found):
+        raise DataError(
+            f"frames may have up to {spec.frame_tiles} tiles here: give (frames, tiles of a frame) of each video"
+        )
+    return [(shot, 1) if isinstance(shot, int) else shot for shot in found]
 
 
 def _render(
-    turns: list[Turn], spec: LayoutSpec, frames: list[int], train: bool, generate: bool | None
+    turns: list[Turn], spec: LayoutSpec, shots: list[Shot], train: bool, generate: bool | None
 ) -> tuple[list[Piece], list[str]]:
     """Spell the conversation with one context token a picture or frame; the kinds say which of the two each is."""
     picture = "".join(spec.image_tokens)
     spoken: list[tuple[str, str]] = []
     kinds: list[str] = []
-    left = iter(frames)
+    left = iter(shots)
     seen = 0
     for n, turn in enumerate(turns):
         for token in spec.image_tokens:
@@ -590,7 +679,7 @@ def _render(
                 text += part.removeprefix("\n") if closed else part
                 closed = False
                 continue
-            count = 1 if part.kind == "image" else next(left)
+            count = 1 if part.kind == "image" else next(left)[0]
             kinds += [part.kind] * count
             closed = part.kind == "video" and spec.frame_spelling.closed
             text += picture if part.kind == "image" else spec.frame_spelling.spell(picture, count)
@@ -604,15 +693,17 @@ def _lay_rows(
     turns: list[Turn],
     spec: LayoutSpec,
     counts: list[int],
-    frames: list[int],
+    shots: list[Shot],
     train: bool,
     generate: bool | None,
 ) -> _Rows:
-    """Tokenise, then give every picture its rows: `counts` tiles of K rows each, one tile to a frame."""
-    pieces, kinds = _render(turns, spec, frames, train, generate)
+    """Tokenise, then give every picture and every frame its rows."""
+    pieces, kinds = _render(turns, spec, shots, train, generate)
     ids, learned = encode_pieces(pieces, spec.tokenizer.encode, bos=spec.bos_id)
-    left = iter(counts)
-    lengths = [spec.tokens_per_tile * (next(left) if kind == "image" else 1) for kind in kinds]
+    left, tiles = iter(counts), (tiles for frames, tiles in shots for _ in range(frames))
+    lengths = [
+        spec.image_rows * next(left) if kind == "image" else spec.frame_rows * next(tiles) for kind in kinds
+    ]
     if not kinds:
         return _Rows(ids, learned, [], [], [])
     context = spec.context_id
@@ -636,23 +727,27 @@ def _lay_rows(
     return _Rows(out_ids + ids[done:], out_learned + learned[done:], starts, lengths, kinds)
 
 
-def _check_length(rows: _Rows, spec: LayoutSpec, counts: list[int], frames: list[int]) -> None:
+def _check_length(rows: _Rows, spec: LayoutSpec, counts: list[int], shots: list[Shot]) -> None:
     length = len(rows.ids)
     if spec.max_length is None or length <= spec.max_length:
         return
     remedy = "shorten the conversation"
     if counts:
         taken = sum(length for _, length in rows.places("image"))
+        often = f" encoded {spec.repeats} times" if spec.repeats > 1 else ""
         remedy = (
-            f"{taken} of them are {sum(counts)} image tiles, so use fewer tiles "
-            f"(max_tiles is {spec.tiles.max_tiles}), fewer images, or a shorter conversation"
+            f"{taken} of them are {sum(counts)} image tiles{often}, so use fewer tiles "
+            f"(max_tiles is {spec.tiles.max_tiles}), {'fewer repeats, ' if often else ''}fewer images, or a shorter "
+            "conversation"
         )
-    if frames:
+    if shots:
         taken = sum(length for _, length in rows.places("video"))
         rest = f", and {sum(counts)} image tiles" if counts else ""
+        several = any(tiles > 1 for _, tiles in shots)
+        cut = f" of {sum(frames * tiles for frames, tiles in shots)} tiles" if several else ""
         remedy = (
-            f"{taken} of them are {sum(frames)} video frames{rest}, so use fewer frames, fewer images, "
-            "or a shorter conversation"
+            f"{taken} of them are {sum(frames for frames, _ in shots)} video frames{cut}{rest}, so use fewer frames, "
+            f"{'fewer tiles a frame, ' if several else ''}fewer images, or a shorter conversation"
         )
     raise ContextOverflowError(
         f"the conversation takes {length} tokens but the limit is {spec.max_length}: {remedy}"

@@ -254,8 +254,7 @@ def too_long(sample: Sample, context: Context) -> Iterator[str]:
     made = ", ".join(f"{count:,} {name}" for name, count in parts.items() if count)
     over = sample.tokens - limit
     fixed = parts["system"] + parts["question"] + parts["answer"] + parts["video"]
-    K = context.spec.tokens_per_tile
-    room = (limit - fixed) // K
+    room = (limit - fixed) // context.spec.image_rows
     if parts["image"] and room >= len(sample.tiles):
         help_ = f"it fits with {room} tiles in all instead of {sum(sample.tiles)}"
     elif parts["image"] and limit >= parts["system"]:
@@ -283,7 +282,7 @@ def too_long(sample: Sample, context: Context) -> Iterator[str]:
 )
 def too_many_tiles(sample: Sample, context: Context) -> Iterator[str]:
     """A picture is never cut, so the sample cannot be packed whole."""
-    total = sum(sample.tiles) + sample.frames
+    total = sum(sample.tiles) + sample.frame_tiles
     limit = context.pack_tiles
     if limit is not None and total > limit:
         yield f"{total} tiles of {len(sample.tiles)} picture(s) and {sample.frames} frame(s), limit {limit}"

@@ -36,7 +36,11 @@ TEXT, IMAGE, VIDEO, POINTS, CODES = range(5)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Span:
-    """Positions [start, start + length) stand for items [first, first + items) of `media[name]`."""
+    """Positions [start, start + length) stand for items [first, first + items) of `media[name]`.
+
+    Where items are encoded several times, their rows are length = repeats * items * K; in which order they lie is the
+    model's to know (`chiasm.data.layout.LayoutSpec.repeat_order`).
+    """
 
     media: str
     start: int
@@ -47,6 +51,13 @@ class Span:
     """Content hash of these items together: features computed from them may be cached under it."""
     group: int = -1
     """Spans of one group (>= 0) are one temporal sequence: the frames of a video, the repeats of an image."""
+    repeats: int = 1
+    """How often each item is encoded. Features depend on it, and on the earlier spans of a group: `key` is of the
+    items alone."""
+
+    def __post_init__(self) -> None:
+        if self.repeats < 1:
+            raise DataError(f"a span's repeats must be at least 1, found {self.repeats}")
 
     def shifted(self, rows: int, items: int, groups: int = 0) -> Span:
         """The same span in a sequence that begins `rows`, `items` and `groups` further on."""

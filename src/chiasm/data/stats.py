@@ -136,7 +136,7 @@ class SetStats:
             return
         self.tokens.add(sample.tokens)
         self.learned.add(sample.learned)
-        self.tiles.add(sum(sample.tiles) + sample.frames)
+        self.tiles.add(sum(sample.tiles) + sample.frame_tiles)
         self.images.add(len(sample.pictures))
         self.turns.add(sum(role != "system" for _, role, _ in sample.said))
         self.parts.update(sample.parts)
