@@ -13,18 +13,20 @@ from tests.contracts.skeleton import LANGUAGE, Skeleton, document, initialise, n
 
 from chiasm.data.sequence import IMAGE, VIDEO, MediaBatch, Sequence
 from chiasm.media.tiles import TilePolicy
+from chiasm.model.causal import CausalVLM
 from chiasm.parts.vision.internvit import InternViTConfig
 from chiasm.parts.vision.progressive import TemporalConfig
 from chiasm.systems.pvc.config import PVCConfig
 from chiasm.systems.pvc.model import build_pvc
 
+SIDE = 16
 CONFIG = PVCConfig(
     vision=InternViTConfig(
-        hidden_size=12, intermediate_size=20, layers=3, heads=2, patch_size=4, image_size=16
+        hidden_size=12, intermediate_size=20, layers=3, heads=2, patch_size=4, image_size=SIDE
     ),
     language=LANGUAGE,
     temporal=TemporalConfig(layers=2, time_sines=8, time_width=10, time_scale=3.0),
-    tiles=TilePolicy(image_size=16),
+    tiles=TilePolicy(image_size=SIDE),
     repeats=3,
 )
 
@@ -36,10 +38,10 @@ def repeated(sequence: Sequence, repeats: int) -> Sequence:
 
 
 def documents(train: bool) -> list[Sequence]:
-    image = {"image": MediaBatch(noise(3, 3, 16, 16, seed=1))}
-    clip = {"video": MediaBatch(noise(4, 3, 16, 16, seed=2), torch.tensor([0.0, 0.5, 2.0, 4.0]))}
+    image = {"image": MediaBatch(noise(3, 3, SIDE, SIDE, seed=1))}
+    clip = {"video": MediaBatch(noise(4, 3, SIDE, SIDE, seed=2), torch.tensor([0.0, 0.5, 2.0, 4.0]))}
     frame = ("video", VIDEO, 1, 1)
-    wide = {"video": MediaBatch(noise(4, 3, 16, 16, seed=3), torch.tensor([1.0, 1.0, 3.0, 3.0]))}
+    wide = {"video": MediaBatch(noise(4, 3, SIDE, SIDE, seed=3), torch.tensor([1.0, 1.0, 3.0, 3.0]))}
     two = ("video", VIDEO, 2, 2)
     return [
         repeated(document([1, ("image", IMAGE, 6, 2), 2, ("image", IMAGE, 3, 1), 3], image, train=train), 3),
@@ -49,4 +51,8 @@ def documents(train: bool) -> list[Sequence]:
     ]
 
 
-SKELETON = Skeleton("pvc", lambda: initialise(build_pvc(CONFIG)), documents)
+def build() -> CausalVLM:
+    return initialise(build_pvc(CONFIG))
+
+
+SKELETON = Skeleton("pvc", build, documents)
