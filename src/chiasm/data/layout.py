@@ -110,6 +110,8 @@ class LayoutSpec:
         frame_tiles: largest number of tiles of a video's frame (a thumbnail, where the policy wants one, comes on
             top, as for pictures).
         video_repeats: how often every tile of a frame is encoded.
+        max_frames: most frames of one video, where the model looks no further (the horizon of a temporal encoder);
+            more are refused. None for no limit.
     """
 
     tokenizer: Tokenizer
@@ -129,12 +131,15 @@ class LayoutSpec:
     repeat_order: RepeatOrder = "tile"
     frame_tiles: int = 1
     video_repeats: int = 1
+    max_frames: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "template", get_template(self.template))
         _ = self.frame_spelling
-        for name in ("tokens_per_tile", "repeats", "frame_tiles", "video_repeats"):
+        for name in ("tokens_per_tile", "repeats", "frame_tiles", "video_repeats", "max_frames"):
             value = getattr(self, name)
+            if name == "max_frames" and value is None:
+                continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{name} must be a whole number of at least 1, found {value!r}")
         if self.repeat_order not in get_args(RepeatOrder):
@@ -280,6 +285,8 @@ class _Films:
 
     def shots(self, spec: LayoutSpec) -> list[Shot]:
         """Frames of each video and tiles of each of them; a first frame is decoded where that decides."""
+        for video, plan in zip(self.videos, self.plans, strict=True):
+            _check_frames(len(plan), spec, video.name)
         return [
             (len(plan), 1) if spec.frame_tiles == 1 else spec.shot(len(plan), video.size)
             for video, plan in zip(self.videos, self.plans, strict=True)
@@ -346,7 +353,7 @@ def layout(
         ImageError: a picture or video cannot be read.
         ConfigError: a video part asks for frames in a way that cannot be.
         MissingExtraError: a video needs PyAV.
-        ContextOverflowError: T is above `max_length`.
+        ContextOverflowError: T is above `max_length`, or the frames of a video above `max_frames`.
     """
     turns, spec = parse_messages(messages), spec.limited(max_tiles)
     spans: list[Span] = []
@@ -652,7 +659,18 @@ def _count_shots(
         raise DataError(
             f"frames may have up to {spec.frame_tiles} tiles here: give (frames, tiles of a frame) of each video"
         )
-    return [(shot, 1) if isinstance(shot, int) else shot for shot in found]
+    shots = [(shot, 1) if isinstance(shot, int) else shot for shot in found]
+    for n, (count, _) in enumerate(shots, 1):
+        _check_frames(count, spec, f"video {n}")
+    return shots
+
+
+def _check_frames(count: int, spec: LayoutSpec, name: str) -> None:
+    if spec.max_frames is not None and count > spec.max_frames:
+        raise ContextOverflowError(
+            f"{name}: {count} frames are taken but the model looks at {spec.max_frames} at most: take fewer frames "
+            "(frames, max_frames or fps of the sampling), or a shorter clip"
+        )
 
 
 def _render(

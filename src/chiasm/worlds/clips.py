@@ -1,12 +1,14 @@
-"""Clips: sprites that move, appear, vanish and blink over a still background, with questions about time.
+"""Clips: sprites that move, appear, vanish and blink over a still background, with questions about time and detail.
 
 Sprites are drawn shapes (divided among the splits as in ``worlds.scenes``), named drawings (asset "emoji", as in
 ``worlds.clipart``) or photographs of CIFAR-10 (asset "cifar10"); backgrounds are drawn or photographs (asset "photos").
 Every object has a band or a cell of its own, so nothing is ever hidden by anything else.
 
-Kinds: ``direction`` (left, right, up, down or not at all), ``speed`` (which of two is faster), ``first`` and ``last``
-(which appears so), ``order`` (does one appear before the other), ``gone`` (which vanishes first), ``count`` (how
-often one blinks). The answer is drawn first, evenly, then a clip for it.
+Kinds about time: ``direction`` (left, right, up, down or not at all), ``speed`` (which of two is faster), ``first``
+and ``last`` (which appears so), ``order`` (does one appear before the other), ``gone`` (which vanishes first) and
+``count`` (how often one blinks). Kinds about what stays, which any frame answers while others blink: ``corner`` (which
+quarter of the picture something is in) and ``sign`` (the two small digits on a plate); ask them by ``questions``.
+The answer is drawn first, evenly, then a clip for it.
 
 Frame: pixels, origin at the top left corner, y down; boxes (x0, y0, x1, y1) with exclusive ends. Frame f is shown at
 f / fps seconds.
@@ -39,13 +41,28 @@ from chiasm.worlds.sprites import (
 )
 from chiasm.worlds.world import Sample, Thing, World, resize_square
 
-__all__ = ["DIRECTIONS", "QUESTIONS", "ClipsWorld"]
+__all__ = ["CORNERS", "DETAILS", "DIRECTIONS", "QUESTIONS", "ClipsWorld"]
 
 QUESTIONS = ("direction", "speed", "first", "last", "order", "gone", "count")
+DETAILS = ("corner", "sign")
+CORNERS = ("upper left", "upper right", "lower left", "lower right")
 DIRECTIONS = ("left", "right", "up", "down", "not at all")
 TIMES = ("zero", "one", "two", "three", "four")
 #: The faster of two moves at least this many times as far.
 _FASTER = 1.8
+#: 3 x 5 points a digit, row by row from the top.
+_GLYPHS = {
+    "0": "111101101101111",
+    "1": "010110010010111",
+    "2": "111001111100111",
+    "3": "111001111001111",
+    "4": "101101111001001",
+    "5": "111100111001111",
+    "6": "111100111101111",
+    "7": "111001010010010",
+    "8": "111101111101111",
+    "9": "111101111001111",
+}
 
 _WORDINGS: dict[str, tuple[str, ...]] = {
     "direction": (
@@ -58,6 +75,8 @@ _WORDINGS: dict[str, tuple[str, ...]] = {
     "order": ("Does the {a} appear before the {b}?",),
     "gone": ("What disappears first?", "Which object vanishes first?"),
     "count": ("How many times does the {a} disappear?", "How often does the {a} vanish?"),
+    "corner": ("In which corner is the {a}?", "Which corner of the picture is the {a} in?"),
+    "sign": ("Which number is on the sign?", "What number does the sign show?"),
 }
 
 
@@ -82,9 +101,9 @@ class ClipsWorld(World):
         seed: changes the clips.
         size: number of samples (default 5,000 for train, 1,000 else).
         pixels: side or (width, height), at least 48.
-        frames: number of frames, or the least and the largest number: 8..32.
+        frames: number of frames, or the least and the largest number: 8..128.
         fps: frames a second that a clip claims to have.
-        questions: kinds, asked in turn.
+        questions: kinds, asked in turn, of `QUESTIONS` (the default) and `DETAILS`.
         sprites: "shapes", "drawings" or "cifar10".
         photos: share of clips on a photograph, 0..1.
         folder: where the prepared assets are.
@@ -112,13 +131,14 @@ class ClipsWorld(World):
         super().__init__(split, seed=seed)
         self.pixels = pixels_of(pixels, 48)
         span = (frames, frames) if isinstance(frames, int) else tuple(int(k) for k in frames)
-        if len(span) != 2 or not 8 <= span[0] <= span[1] <= 32 or not 0 < fps <= 240:
-            raise DataError(f"frames={frames!r} fps={fps:g}: give 8..32 frames and a rate of at most 240")
+        if len(span) != 2 or not 8 <= span[0] <= span[1] <= 128 or not 0 < fps <= 240:
+            raise DataError(f"frames={frames!r} fps={fps:g}: give 8..128 frames and a rate of at most 240")
         self.frames, self.fps = span, float(fps)
         self.asked = (questions,) if isinstance(questions, str) else tuple(questions)
-        unknown = [name for name in self.asked if name not in QUESTIONS]
+        kinds = QUESTIONS + DETAILS
+        unknown = [name for name in self.asked if name not in kinds]
         if unknown or not self.asked:
-            raise DataError(f"unknown questions {unknown} of clips: choose from {', '.join(QUESTIONS)}")
+            raise DataError(f"unknown questions {unknown} of clips: choose from {', '.join(kinds)}")
         if sprites not in ("shapes", "drawings", "cifar10"):
             raise DataError(f"sprites={sprites!r}: choose shapes, drawings or cifar10")
         if not 0.0 <= photos <= 1.0:
@@ -203,6 +223,8 @@ class ClipsWorld(World):
             return self._speed(count, rng)
         if kind == "count":
             return self._blinks(count, rng)
+        if kind in DETAILS:
+            return self._detail(kind, count, rng)
         return self._appearances(kind, count, rng)
 
     def _direction(
@@ -272,6 +294,24 @@ class ClipsWorld(World):
         chosen = order[-1] if kind == "last" else order[0]
         return movers, kind, [chosen], {}, movers[chosen].name
 
+    def _detail(
+        self, kind: str, count: int, rng: np.random.Generator
+    ) -> tuple[list[_Mover], str, list[int], dict[str, str], str]:
+        """Something that stays, in a quarter of its own; whatever else there is blinks."""
+        number = 1 + int(rng.integers(3))
+        quarters = [int(k) for k in rng.permutation(4)]
+        movers = self._cells(number, count, rng, quarters)
+        asked = 0
+        answer = CORNERS[quarters[0]]
+        if kind == "sign":
+            answer = str(int(rng.integers(10, 100)))
+            asked = number
+            movers.append(self._sign(answer, quarters[number], count, rng))
+        for k, mover in enumerate(movers):
+            if k != asked:
+                mover.seen = _blinking(int(rng.integers(0, min(4, (count - 1) // 2) + 1)), count, rng)
+        return movers, kind, [asked], {"a": movers[asked].name}, answer
+
     # --- objects --------------------------------------------------------------------------------------------
 
     def _side(self, number: int, rng: np.random.Generator) -> int:
@@ -336,11 +376,37 @@ class ClipsWorld(World):
             mover.path.append((at, beside) if lying else (beside, at))
         mover.seen = [True] * count
 
-    def _cells(self, number: int, count: int, rng: np.random.Generator) -> list[_Mover]:
+    def _sign(self, number: str, cell: int, count: int, rng: np.random.Generator) -> _Mover:
+        """A white plate with black digits, somewhere in a quarter, where it stays."""
+        width, height = self.pixels
+        point = max(1, min(self.pixels) // 32)
+        dark_hw = np.zeros((7, 9), bool)
+        for n, digit in enumerate(number):
+            rows = np.array(list(_GLYPHS[digit])).reshape(5, 3) == "1"
+            dark_hw[1:6, 1 + 4 * n : 4 + 4 * n] = rows
+        plate_hw3 = (
+            np.repeat(np.where(dark_hw, 0.0, 255.0)[..., None], 3, 2).repeat(point, 0).repeat(point, 1)
+        )
+        h, w = plate_hw3.shape[:2]
+        x = round((cell % 2) * width / 2 + float(rng.uniform(0, width / 2 - w)))
+        y = round((cell // 2) * height / 2 + float(rng.uniform(0, height / 2 - h)))
+        return _Mover(
+            name="sign",
+            alpha=np.ones((h, w), np.float32),
+            colours=plate_hw3.astype(np.float32),
+            tone=np.full(3, 255.0, np.float32),
+            facts={"number": number},
+            path=[(x, y)] * count,
+            seen=[True] * count,
+        )
+
+    def _cells(
+        self, number: int, count: int, rng: np.random.Generator, quarters: Sequence[int] | None = None
+    ) -> list[_Mover]:
         """Put objects into cells of a 2 x 2 grid, where each drifts by at most a few pixels."""
         width, height = self.pixels
         movers: list[_Mover] = []
-        for cell in (int(k) for k in rng.permutation(4)[:number]):
+        for cell in (int(k) for k in (rng.permutation(4) if quarters is None else quarters)[:number]):
             mover = self._sprite(self._side(2, rng), rng, movers)
             h, w = mover.alpha.shape
             ends = []
