@@ -149,6 +149,11 @@ class TemporalPast:
         known = min(self.frames, self.sink + self.window)
         return self._k[:, :, :known], self._v[:, :, :known]
 
+    @property
+    def bytes(self) -> int:
+        """Memory of the keys and values."""
+        return sum(x.numel() * x.element_size() for x in (self._k, self._v) if x is not None)
+
 
 class TemporalAttention(nn.Module):
     """Causal attention over time: each token looks at the tokens at its place in its own and earlier frames.

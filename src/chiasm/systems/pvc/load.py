@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,14 @@ from chiasm.checkpoint.vocab import check_rows
 from chiasm.data.layout import LayoutSpec
 from chiasm.errors import ConfigError, TemplateError, UsageError
 from chiasm.media.frames import FrameSampling
-from chiasm.model.answer import ModelInputs
+from chiasm.model.answer import ModelInputs, Reply, parse_options
 from chiasm.model.causal import CausalVLM
 from chiasm.model.chat import ChatModel
 from chiasm.model.loading import load_weights
 from chiasm.systems.pvc.config import PVCConfig
 from chiasm.systems.pvc.convert import open_pvc
 from chiasm.systems.pvc.model import build_pvc
+from chiasm.systems.pvc.stream import VideoStream
 from chiasm.text.templates import get_template
 from chiasm.text.tokenizer import Tokenizer
 
@@ -37,7 +38,7 @@ class PVCChat(ChatModel):
     """A model that answers questions about pictures and videos.
 
     `anytime`, when set, repeats a picture only until its tokens change by less than this share
-    (`PVCEmbedder.settled`). `chiasm.systems.pvc.stream.VideoStream` reads a video while it comes.
+    (`PVCEmbedder.settled`). `watch` reads a video while it comes.
     """
 
     anytime: float | None = None
@@ -54,6 +55,14 @@ class PVCChat(ChatModel):
             return found
         sequence = self.model.embedder.settled(found.sequence, self.anytime)  # type: ignore[operator]
         return ModelInputs(sequence.ids_T, found.tiles, sequence)
+
+    def answer(self, inputs: ModelInputs, **options: Any) -> Generator[str, None, Reply]:
+        """The answer to inputs that were laid out already, piece by piece; see `ChatModel.stream`."""
+        return self._pieces(inputs, parse_options(options), self.prefixes)
+
+    def watch(self, **given: Any) -> VideoStream:
+        """A video that is read frame by frame; arguments as of `VideoStream`."""
+        return VideoStream(self, **given)
 
 
 def spec_of(

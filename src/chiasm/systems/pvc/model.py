@@ -24,7 +24,7 @@ from chiasm.parts.heads.text import TextHead
 from chiasm.parts.language.decoder import build_decoder, init_decoder
 from chiasm.parts.vision.progressive import Clips, ProgressiveViT
 from chiasm.systems.pvc.config import PVCConfig
-from chiasm.systems.pvc.plan import Shot, key_of, shots_of, stray_items, with_repeats
+from chiasm.systems.pvc.plan import ENCODED, Shot, key_of, shots_of, stray_items, with_repeats
 
 __all__ = ["FRAMES_AT_ONCE", "PVCEmbedder", "build_pvc", "views_of"]
 
@@ -87,6 +87,10 @@ class PVCEmbedder(nn.Module):
         x_TC = self.words(sequence.ids_T)
         if not sequence.media and not self.lockstep:
             return Embedded(x_TC)
+        if ENCODED in sequence.media:
+            data = sequence.media[ENCODED].data
+            ready = [(s, data[s.first : s.first + s.items].flatten(0, 1)) for s in sequence.spans_of(ENCODED)]
+            x_TC = overwrite_rows(x_TC, ready)
         shots = shots_of(sequence, self.config)
         store = None if torch.is_grad_enabled() or self.lockstep else self.features
         if store is None:

@@ -21,7 +21,20 @@ from chiasm.data.sequence import Sequence, Span
 from chiasm.errors import DataError
 from chiasm.systems.pvc.config import PVCConfig
 
-__all__ = ["Shot", "key_of", "repeat_times", "shots_of", "stray_items", "video_times", "with_repeats"]
+__all__ = [
+    "ENCODED",
+    "Shot",
+    "key_of",
+    "repeat_times",
+    "shots_of",
+    "stray_items",
+    "video_times",
+    "with_repeats",
+]
+
+
+ENCODED = "encoded"
+"""Medium of frames whose tokens (N, rows, C) are there already, as a stream has them (`stream.py`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
