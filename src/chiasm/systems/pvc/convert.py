@@ -40,6 +40,7 @@ __all__ = [
     "OpenedPVC",
     "PVCOptions",
     "config_of",
+    "extended",
     "is_pvc",
     "is_release",
     "new_entries",
@@ -48,6 +49,7 @@ __all__ = [
     "retrofit",
     "retrofitted",
     "spell_new",
+    "started",
     "to_public",
     "write_pvc",
 ]
@@ -181,10 +183,15 @@ def new_entries(config: PVCConfig) -> tuple[Entry, ...]:
     with torch.device("meta"):
         model = build_pvc(config)
     return tuple(
-        Entry(name, tuple(parameter.shape), (parameter.shape[0],))
+        Entry(name, tuple(parameter.shape), _rows(name, parameter.shape[0]))
         for name, parameter in model.named_parameters()
         if name not in base and name != "head.weight"
     )
+
+
+def _rows(name: str, rows: int) -> tuple[int, ...]:
+    """Rows of the pieces that are adapted apart: queries, keys and values over time."""
+    return (rows // 3,) * 3 if ".temporal.qkv." in name else (rows,)
 
 
 def spell_new(native: str) -> str:
@@ -374,17 +381,31 @@ def retrofitted(draft: Draft, config: PVCConfig, options: PVCOptions) -> Iterato
     """
     ratio = _ratio(draft.public, config)
     factor = round(1 / draft.public.downsample_ratio)
-    return _retrofitted(draft, config, options, ratio, factor)
+    return extended(draft.tensors, config, ratio, factor, copied=options.copy, seed=options.seed)
 
 
-def _retrofitted(
-    draft: Draft, config: PVCConfig, options: PVCOptions, ratio: int, factor: int
+def extended(
+    tensors: Iterator[tuple[str, Tensor]],
+    config: PVCConfig,
+    ratio: int,
+    factor: int,
+    *,
+    copied: bool = True,
+    seed: int = 0,
 ) -> Iterator[tuple[str, Tensor]]:
+    """Native tensors of an InternVL, the projector's made coarser, then what is new.
+
+    Args:
+        tensors: those of the projector together, those of a layer of the encoder before the end.
+        config: of the PVC.
+        ratio: how much coarser its unshuffle is. factor: f of the InternVL's.
+        copied, seed: as of `started`.
+    """
     connect: dict[str, Tensor] = {}
     old: dict[str, Tensor] = {}
     first = config.vision.layers - config.temporal.layers
     kind = torch.float32
-    for name, tensor in draft.tensors:
+    for name, tensor in tensors:
         if name.startswith(_CONNECT):
             connect[name.removeprefix(_CONNECT)] = tensor
             if len(connect) == 6:
@@ -397,7 +418,7 @@ def _retrofitted(
             if int(layer) >= first and leaf.startswith(("attn.", "norm1.")):
                 old[name] = tensor
         yield name, tensor
-    yield from started(config, old, kind, copied=options.copy, seed=options.seed)
+    yield from started(config, old, kind, copied=copied, seed=seed)
 
 
 def started(
