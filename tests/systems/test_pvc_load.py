@@ -13,6 +13,7 @@ from tests.checkpoint import random_checkpoints as made
 
 import chiasm
 from chiasm.checkpoint.store import CheckpointReader
+from chiasm.cli.app import main
 from chiasm.errors import CheckpointError, ConfigError, ContextOverflowError, DataError, UsageError
 from chiasm.model.chat import Chats
 from chiasm.parts.connect.conditioned import coarsened
@@ -188,6 +189,30 @@ def test_too_many_frames_are_refused(internvl, tmp_path) -> None:
         model.chat(asked(FILM))
     with pytest.raises(ContextOverflowError):
         model.chat(asked(*[[picture(40, 40)] * 4] * 90))
+
+
+def test_the_command_line_knows_the_folder(internvl, tmp_path, capsys) -> None:
+    retrofit(internvl, tmp_path / "pvc", PVCOptions(temporal=TEMPORAL, tokens=1))
+    assert main(["show", str(tmp_path / "pvc"), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert (said["layout"], said["repeats"], said["temporal"]["layers"]) == ("pvc", 4, 1)
+    assert main(["plan", str(tmp_path / "pvc")]) == 2
+    assert "plan its InternVL" in capsys.readouterr().err
+    assert main(["convert", str(tmp_path / "pvc"), str(tmp_path / "hf"), "--to", "hf"]) == 1
+    assert not (tmp_path / "hf").exists()
+    Image.fromarray(np.zeros((40, 40, 3), dtype=np.uint8)).save(tmp_path / "black.png")
+    words = [
+        "chat",
+        "-m",
+        str(tmp_path / "pvc"),
+        "--device",
+        "cpu",
+        "--max-new-tokens",
+        "2",
+        str(tmp_path / "black.png"),
+    ]
+    assert main([*words, "--json", "What is it?"]) == 0
+    assert json.loads(capsys.readouterr().out)["usage"]["tiles"] == 1
 
 
 @pytest.mark.parametrize("family", ["internlm2", "qwen3"])

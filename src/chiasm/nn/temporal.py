@@ -231,7 +231,8 @@ class TemporalAttention(nn.Module):
         for length, firsts in starts.items():
             rows = [first + step for first in firsts for step in range(length)]
             index = torch.tensor(rows, device=h_FNC.device)
-            done = self._batched(*(part[index] for part in parts), length)
+            q, k, v = (part[index] for part in parts)
+            done = self._batched(q, k, v, length)
             out_FNA = out_FNA.index_copy(0, index, done)
         return self.proj(out_FNA)
 

@@ -423,7 +423,8 @@ def _options(
         )
     layer = own[layers - 1]
     rows = layer.get("modulation.weight", (0,))[0]
-    gate = {(width,): "channel", (1,): "scalar"}.get(layer.get("gate", ()), "none")
+    gates: dict[Shape, str] = {(width,): "channel", (1,): "scalar"}
+    gate = gates.get(layer.get("gate", ()), "none")
     conditioned: tuple[str, ...] = {
         0: (),
         2: ("temporal",),

@@ -164,8 +164,8 @@ class VideoStream:
             )
         self.chat, self.horizon = chat, horizon
         self.store = FrameStore(frames, recent)
-        self._vision = chat.model.embedder.vision
-        self._past = self._vision.new_cache(window, sink)  # type: ignore[operator]
+        self._vision: Any = chat.model.embedder.vision
+        self._past = self._vision.new_cache(window, sink)
         self._name = f"stream {next(_number)}"
         self._first: float | None = None
         self._last = 0.0
@@ -212,10 +212,10 @@ class VideoStream:
         when = video_times([0.0, since], config, horizon=self.horizon)[1]
         embedder = self.chat.model.embedder
         weight = self._vision.patch_embedding.weight
-        pixels = normalize(tiles_N3SS.to(weight.device), config.tiles, dtype=weight.dtype)  # type: ignore[arg-type]
+        pixels = normalize(tiles_N3SS.to(weight.device), config.tiles, dtype=weight.dtype)
         times_N = torch.full((len(tiles_N3SS),), when, dtype=torch.float64)
-        trunk = self._vision.trunk(pixels)  # type: ignore[operator]
-        features = self._vision.step(trunk, times_N, self._past, config.select_layer)  # type: ignore[operator]
+        trunk = self._vision.trunk(pixels)
+        features = self._vision.step(trunk, times_N, self._past, config.select_layer)
         tokens_NKC = embedder.compressed(features, times_N)  # type: ignore[operator]
         self._first, self._last, self._tiles = first, since, len(tiles_N3SS)
         self.store.add(tokens_NKC.flatten(0, 1), since)
