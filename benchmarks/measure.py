@@ -25,7 +25,16 @@ WORLDS_PAGE = HERE.parent / "docs" / "worlds.md"
 SPEED = ("inference", "quantized", "peer_openvino", "batching", "attention")
 ORDER = (
     *SPEED,
-    *("preprocessing", "startup", "memory", "plan_training", "training", "parity", "world_speed"),
+    *(
+        "preprocessing",
+        "startup",
+        "memory",
+        "plan_training",
+        "training",
+        "parity",
+        "world_speed",
+        "pvc_speed",
+    ),
 )
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
 
