@@ -8,12 +8,14 @@ import re
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from chiasm.data.message import parse_messages
-from chiasm.errors import DataError
+from chiasm.errors import DataError, ImageError
 from chiasm.worlds.clips import CORNERS, DETAILS, QUESTIONS, TIMES, ClipsWorld
 from chiasm.worlds.scenes import pairs_of
 from chiasm.worlds.sprites import COLOURS
+from clips import number, write_clip
 from worlds.drawings import write_drawings, write_photos
 
 SPLITS = ("train", "dev", "test")
@@ -225,6 +227,47 @@ def test_real_sprites_and_backgrounds(assets):
     for sample in world:
         assert sample.meta["background"]["kind"] == "photo"
         assert all(thing["source"] for thing in sample.meta["objects"] if thing["name"] != "sign")
+
+
+def test_real_footage_moves_behind_the_sprites(tmp_path):
+    pytest.importorskip("av")
+    path = write_clip(tmp_path / "real.mp4", 120, size=(160, 120), gop=30)
+    worlds = {
+        split: ClipsWorld(split, size=20, frames=16, footage=path, sprites="shapes") for split in SPLITS
+    }
+    shown: dict[str, set[int]] = {}
+    for split, world in worlds.items():
+        sample, again = world.sample(3), ClipsWorld(split, size=20, frames=16, footage=[path]).sample(3)
+        assert sample.image.tobytes() == again.image.tobytes()
+        # The clip is the film where no sprite is: the answers are those of the same world on drawn backgrounds.
+        still = ClipsWorld(split, size=20, frames=16).sample(3)
+        assert (sample.question, sample.answer) == (still.question, still.answer)
+        assert [thing["boxes"] for thing in sample.meta["objects"]] == [
+            thing["boxes"] for thing in still.meta["objects"]
+        ]
+        ground = sample.meta["background"]
+        assert (ground["kind"], ground["tone"]) == ("footage", "real.mp4")
+        shown[split] = set()
+        for index in range(20):
+            film = world._films[0]
+            assert film.shape == ({"train": 84, "dev": 18, "test": 18}[split], 128, 171, 3)
+            start = world.sample(index).meta["background"]["start"]
+            shown[split] |= {number(Image.fromarray(film[start]))}
+    assert max(shown["train"]) < 84 <= min(shown["dev"])
+    assert max(shown["dev"]) < 102 <= min(shown["test"])
+    (digest,) = worlds["train"].manifest()["footage"]
+    assert digest["file"] == "real.mp4"
+    assert "footage" not in ClipsWorld("train").manifest()
+    # Sixteen frames of eighteen, to and fro.
+    long = ClipsWorld("test", size=1, frames=64, footage=path).sample(0)
+    assert len(long.image) == 64
+    with pytest.raises(DataError, match="leave out photos or footage"):
+        ClipsWorld("train", footage=path, photos=0.5)
+    short = write_clip(tmp_path / "short.mp4", 8)
+    with pytest.raises(DataError, match=r"short\.mp4: its 8 frames are too few"):
+        ClipsWorld("test", footage=short)
+    with pytest.raises(ImageError, match="no such file"):
+        ClipsWorld("test", footage=tmp_path / "gone.mp4")
 
 
 GOLDEN = {("train", 0): "e05ccecd4b0e2f91", ("dev", 5): "9ac37d8356c20fb3", ("test", 3): "ddac4eb7f33229dc"}

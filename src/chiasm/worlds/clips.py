@@ -1,8 +1,9 @@
-"""Clips: sprites that move, appear, vanish and blink over a still background, with questions about time and detail.
+"""Clips: sprites that move, appear, vanish and blink over a background, with questions about time and detail.
 
 Sprites are drawn shapes (divided among the splits as in ``worlds.scenes``), named drawings (asset "emoji", as in
-``worlds.clipart``) or photographs of CIFAR-10 (asset "cifar10"); backgrounds are drawn or photographs (asset "photos").
-Every object has a band or a cell of its own, so nothing is ever hidden by anything else.
+``worlds.clipart``) or photographs of CIFAR-10 (asset "cifar10"). Backgrounds are drawn or photographs (asset "photos"),
+which stay, or successive frames of real videos (``footage``), which move. Every object has a band or a cell of its own,
+so nothing is ever hidden by anything else.
 
 Kinds about time: ``direction`` (left, right, up, down or not at all), ``speed`` (which of two is faster), ``first``
 and ``last`` (which appears so), ``order`` (does one appear before the other), ``gone`` (which vanishes first) and
@@ -18,14 +19,19 @@ Shape legend: F frames, H x W pixels, h x w of a sprite.
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from PIL import Image
 
 from chiasm.errors import DataError
+from chiasm.media.frames import middle_indices
+from chiasm.media.video import open_video
 from chiasm.worlds.cifar10 import ANSWERS, CifarWorld
 from chiasm.worlds.clipart import drawings_of, photo_crop, resize_drawing
 from chiasm.worlds.scenes import pairs_of, pixels_of
@@ -41,13 +47,15 @@ from chiasm.worlds.sprites import (
 )
 from chiasm.worlds.world import Sample, Thing, World, resize_square
 
-__all__ = ["CORNERS", "DETAILS", "DIRECTIONS", "QUESTIONS", "ClipsWorld"]
+__all__ = ["CORNERS", "DETAILS", "DIRECTIONS", "MOST_FOOTAGE", "QUESTIONS", "ClipsWorld"]
 
 QUESTIONS = ("direction", "speed", "first", "last", "order", "gone", "count")
 DETAILS = ("corner", "sign")
 CORNERS = ("upper left", "upper right", "lower left", "lower right")
 DIRECTIONS = ("left", "right", "up", "down", "not at all")
 TIMES = ("zero", "one", "two", "three", "four")
+#: Frames of one file of footage that are kept in memory.
+MOST_FOOTAGE = 600
 #: The faster of two moves at least this many times as far.
 _FASTER = 1.8
 #: 3 x 5 points a digit, row by row from the top.
@@ -106,10 +114,15 @@ class ClipsWorld(World):
         questions: kinds, asked in turn, of `QUESTIONS` (the default) and `DETAILS`.
         sprites: "shapes", "drawings" or "cifar10".
         photos: share of clips on a photograph, 0..1.
+        footage: video files (or one) whose frames are the backgrounds of all clips, instead. Of each the first 70 %
+            are for train, the next 15 % for dev, the rest for test. At most `MOST_FOOTAGE` frames of a file are kept,
+            evenly spread, at twice the size of the clip's shorter side.
         folder: where the prepared assets are.
 
     Raises:
         DataError: unknown kind, numbers out of range, or an asset has not been prepared.
+        ImageError: a video of the footage cannot be read.
+        MissingExtraError: footage without PyAV.
     """
 
     family = "clips"
@@ -126,6 +139,7 @@ class ClipsWorld(World):
         questions: Sequence[str] = QUESTIONS,
         sprites: Literal["shapes", "drawings", "cifar10"] = "shapes",
         photos: float = 0.0,
+        footage: str | Path | Sequence[str | Path] = (),
         folder: str | Path | None = None,
     ) -> None:
         super().__init__(split, seed=seed)
@@ -143,12 +157,17 @@ class ClipsWorld(World):
             raise DataError(f"sprites={sprites!r}: choose shapes, drawings or cifar10")
         if not 0.0 <= photos <= 1.0:
             raise DataError(f"photos={photos}: give the share of photographic backgrounds, 0..1")
+        files = (footage,) if isinstance(footage, str | Path) else tuple(footage)
+        if files and photos:
+            raise DataError("clips are on photographs or on footage: leave out photos or footage")
         self.sprites, self.photos, self._folder = sprites, photos, folder
         self.pairs = pairs_of(split)
         self._drawings = drawings_of(split, "drawing", folder) if sprites == "drawings" else ()
         self._cifar = CifarWorld(split, folder=folder) if sprites == "cifar10" else None
         if photos:
             photo_crop(split, 8, 8, self.random(0), folder)
+        self.footage = tuple(Path(file) for file in files)
+        self._films = [_film(file, 2 * min(self.pixels), split) for file in self.footage]
         self._size = size if size is not None else (5_000 if split == "train" else 1_000)
 
     def __len__(self) -> int:
@@ -163,13 +182,14 @@ class ClipsWorld(World):
         i = self.checked(index)
         rng = self.random(i)
         movers, kind, about, names, answer = self._plan(i, rng)
-        still, facts = self._ground(movers, rng)
-        clip = np.empty((len(movers[0].path), *still.shape), np.uint8)
-        clip[:] = np.clip(still + 0.5, 0, 255).astype(np.uint8)
-        for f in range(len(clip)):
+        count = len(movers[0].path)
+        ground_FHW3, facts = self._ground(movers, count, rng)
+        clip = np.empty((count, *ground_FHW3.shape[1:]), np.uint8)
+        clip[:] = np.clip(ground_FHW3 + 0.5, 0, 255).astype(np.uint8)
+        for f in range(count):
             seen = [mover for mover in movers if mover.seen[f]]
             if seen:
-                image = still.copy()
+                image = ground_FHW3[f % len(ground_FHW3)].astype(np.float32)
                 for mover in seen:
                     paste(image, mover.alpha, mover.colours, *mover.path[f])
                 clip[f] = np.clip(image + 0.5, 0, 255).astype(np.uint8)
@@ -199,14 +219,18 @@ class ClipsWorld(World):
 
     def manifest(self) -> dict[str, Any]:
         """Return the base facts and all options."""
-        return super().manifest() | {
-            "pixels": list(self.pixels),
-            "frames": list(self.frames),
-            "fps": self.fps,
-            "questions": list(self.asked),
-            "sprites": self.sprites,
-            "photos": self.photos,
-        }
+        return (
+            super().manifest()
+            | {
+                "pixels": list(self.pixels),
+                "frames": list(self.frames),
+                "fps": self.fps,
+                "questions": list(self.asked),
+                "sprites": self.sprites,
+                "photos": self.photos,
+            }
+            | ({"footage": [_digest(file) for file in self.footage]} if self.footage else {})
+        )
 
     # --- one clip -------------------------------------------------------------------------------------------
 
@@ -428,11 +452,67 @@ class ClipsWorld(World):
             movers.append(mover)
         return movers
 
-    def _ground(self, movers: list[_Mover], rng: np.random.Generator) -> tuple[np.ndarray, dict[str, str]]:
+    def _ground(
+        self, movers: list[_Mover], count: int, rng: np.random.Generator
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """The background: (F, H, W, 3), or (1, H, W, 3) where it stays."""
+        if self._films:
+            k = int(rng.integers(len(self._films)))
+            return _footage(self._films[k], self.footage[k].name, self.pixels, count, rng)
         if rng.random() < self.photos:
-            return photo_crop(self.split, *self.pixels, rng, self._folder)
-        tones = [mover.tone for mover in movers] if self.sprites == "shapes" else []
-        return background(rng, *self.pixels, tones)
+            still, facts = photo_crop(self.split, *self.pixels, rng, self._folder)
+        else:
+            tones = [mover.tone for mover in movers] if self.sprites == "shapes" else []
+            still, facts = background(rng, *self.pixels, tones)
+        return still[None], facts
+
+
+@functools.lru_cache(maxsize=16)
+def _film(file: Path, side: int, split: str) -> np.ndarray:
+    """The split's frames of a video, (F, h, w, 3) uint8, the shorter side as long as told."""
+    with open_video(file) as video:
+        wanted = middle_indices(len(video), min(len(video), MOST_FOOTAGE), "hf")
+        shares = {"train": (0.0, 0.7), "dev": (0.7, 0.85), "test": (0.85, 1.0)}[split]
+        low, high = (round(share * len(wanted)) for share in shares)
+        if high - low < 2:
+            raise DataError(
+                f"{file.name}: its {len(video)} frames are too few to be divided among the splits: give a longer video"
+            )
+        frames = []
+        for image, _ in video.each(wanted[low:high]):
+            scale = side / min(image.size)
+            size = (max(side, round(image.width * scale)), max(side, round(image.height * scale)))
+            frames.append(np.asarray(image.resize(size, Image.Resampling.BILINEAR), np.uint8))
+    if len({frame.shape for frame in frames}) > 1:
+        raise DataError(f"{file.name}: its frames change their size: convert it to one size")
+    return np.stack(frames)
+
+
+def _footage(
+    film_FHW3: np.ndarray, name: str, pixels: tuple[int, int], count: int, rng: np.random.Generator
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """Successive frames, cropped alike; a film that is shorter runs to and fro."""
+    width, height = pixels
+    F, high, wide = film_FHW3.shape[:3]
+    scale = float(rng.uniform(1.0, min(wide / width, high / height)))
+    w, h = min(wide, round(width * scale)), min(high, round(height * scale))
+    x, y, start = (int(rng.integers(room)) for room in (wide - w + 1, high - h + 1, F))
+    there = np.arange(start, start + count) % (2 * F - 2)
+    indices = np.where(there < F, there, 2 * F - 2 - there)
+    frames = [
+        Image.fromarray(film_FHW3[f, y : y + h, x : x + w]).resize((width, height), Image.Resampling.BILINEAR)
+        for f in indices
+    ]
+    facts = {"kind": "footage", "tone": name, "start": start, "crop": [x, y, x + w, y + h]}
+    return np.stack([np.asarray(frame, np.float32) for frame in frames]), facts
+
+
+def _digest(file: Path) -> dict[str, str]:
+    digest = hashlib.blake2b(digest_size=8)
+    with file.open("rb") as opened:
+        while block := opened.read(1 << 20):
+            digest.update(block)
+    return {"file": file.name, "hash": digest.hexdigest()}
 
 
 def _boxes(mover: _Mover) -> list[list[int] | None]:

@@ -27,6 +27,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
+from typing import Any
 
 import numpy as np
 
@@ -135,7 +136,7 @@ def load_digits() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         from sklearn import datasets
     except ImportError as error:
         raise missing_extra("scikit-learn", "reproduce") from error
-    found = datasets.load_digits()
+    found: Any = datasets.load_digits()
     pixels_DHW = np.round(found.images * INK).astype(np.uint8)
     class_D = found.target.astype(np.int64)
     split_D = np.empty(len(class_D), np.int64)
