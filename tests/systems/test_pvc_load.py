@@ -179,6 +179,20 @@ def test_a_rounded_pvc_answers(internvl, tmp_path) -> None:
     assert len(model.chat(asked(FILM), max_new_tokens=3).token_ids) <= 3
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_narrow_numbers(internvl, tmp_path, dtype) -> None:
+    retrofit(internvl, tmp_path / "pvc", PVCOptions(temporal=TEMPORAL, tokens=1))
+    model, exact = (load_pvc(tmp_path / "pvc", dtype=kind) for kind in (dtype, "float32"))
+    for messages in (asked(picture()), asked(FILM)):
+        got = model.logits(model.inputs(messages), positions=[-1])
+        expected = exact.logits(exact.inputs(messages), positions=[-1])
+        assert float((got - expected).norm() / expected.norm()) < 0.1
+    stream = model.watch(horizon=4.0)
+    for n, image in enumerate(FILM):
+        stream.add(image, float(n))
+    assert len(stream.ask("What?", max_new_tokens=2).token_ids) <= 2
+
+
 def test_too_many_frames_are_refused(internvl, tmp_path) -> None:
     temporal = TemporalConfig(layers=1, time_sines=8, time_width=6, max_frames=4)
     retrofit(internvl, tmp_path / "pvc", PVCOptions(temporal=temporal, tokens=1))

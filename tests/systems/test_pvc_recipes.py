@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import socket
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -237,3 +240,38 @@ def test_chiasm_mini_becomes_a_pvc(tmp_path) -> None:
     run = fit(recipe, tmp_path)
     assert (run.path / "metrics.jsonl").read_text().count('"loss"') == 1
     assert isinstance(recipe.objective, FinetuneObjective)
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_curve_of_one(tmp_path) -> None:
+    """Processes share the temporal layers, too; one of them may have clips only, the other pictures only."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    words = ["-m", "chiasm", "train", "pvc/debug", "--runs", str(tmp_path), "--until", "3", "--threads", "1"]
+    many = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        str(port),
+        *words,
+        "--id",
+        "two",
+    ]
+    for command in ([*words, "--id", "one"], many):
+        done = subprocess.run(
+            [sys.executable, *command], capture_output=True, text=True, timeout=300, check=False
+        )
+        assert done.returncode == 0, done.stderr
+    one, two = (
+        [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    )
+    assert len(one) == 3
+    assert two == pytest.approx(one, rel=1e-5)
+    a, b = (RunFolder.open(tmp_path / name).load().weights for name in ("one", "two"))
+    assert a.keys() == b.keys()
+    for name, tensor in a.items():
+        torch.testing.assert_close(b[name], tensor, rtol=1e-4, atol=1e-6)

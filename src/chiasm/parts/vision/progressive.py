@@ -278,7 +278,8 @@ class TemporalBlock(VitBlock):
         self,
         x_NTC: Tensor,
         lengths: Sequence[int] = (),
-        changes: dict[str, Tensor] | None = None,
+        embedded_FE: Tensor | None = None,
+        shared_FR: Tensor | None = None,
         *,
         only: Sequence[str] | None = None,
         past: TemporalPast | None = None,
@@ -289,12 +290,13 @@ class TemporalBlock(VitBlock):
         Args:
             x_NTC: the frames of all sequences, one sequence after the other; one frame a sequence with `past`.
             lengths: frames of each sequence; () is one a sequence.
-            changes: of `changes`.
+            embedded_FE, shared_FR: the embedded times and the modulation that all layers share, as of `changes`.
             only: the sublayers to apply; None: all.
             past: what the sequences have shown before; this frame is added.
             reference: (window, sink): attend over time by the slow twin.
         """
-        changes = changes or {}
+        # Made in here: where processes share the layers, one has its parameters whole only while it runs.
+        changes = self.changes(embedded_FE, shared_FR)
         lengths = lengths or (1,) * x_NTC.shape[0]
         for name in self.order if only is None else only:
             if name == "spatial":
@@ -518,8 +520,7 @@ class ProgressiveViT(InternViT):
         x_BTC = trunk_BTC
         for n, block in enumerate(self.temporal_blocks[: depth - self.trunk_layers]):
             only = block.order[len(block.shared) :] if n == 0 else None
-            changes = block.changes(embedded, shared)
-            x_BTC = block(x_BTC, (), changes, only=only, past=cache.layers[n])
+            x_BTC = block(x_BTC, (), embedded, shared, only=only, past=cache.layers[n])
         return x_BTC
 
     def forward_reference(
@@ -537,8 +538,7 @@ class ProgressiveViT(InternViT):
         embedded, shared = self._condition(clips.times_F)
         for layer in self.layers[: self._depth(select_layer)]:
             if isinstance(layer, TemporalBlock):
-                changes = layer.changes(embedded, shared)
-                x_FTC = layer(x_FTC, clips.lengths, changes, reference=(window, sink))
+                x_FTC = layer(x_FTC, clips.lengths, embedded, shared, reference=(window, sink))
             else:
                 x_FTC = layer(x_FTC)
         return x_FTC
@@ -607,11 +607,12 @@ class ProgressiveViT(InternViT):
         embedded, shared = self._condition(clips.times_F)
         for n, block in enumerate(self.temporal_blocks[: max(depths) - self.trunk_layers]):
             only = block.order[len(block.shared) :] if n == 0 else None
-            changes = block.changes(embedded, shared)
             if keep:
-                x_FTC = recompute(block, x_FTC, clips.lengths, changes, only=only, use_reentrant=False)  # type: ignore[assignment]
+                x_FTC = recompute(
+                    block, x_FTC, clips.lengths, embedded, shared, only=only, use_reentrant=False
+                )  # type: ignore[assignment]
             else:
-                x_FTC = block(x_FTC, clips.lengths, changes, only=only)
+                x_FTC = block(x_FTC, clips.lengths, embedded, shared, only=only)
             depth = self.trunk_layers + n + 1
             if depth in depths:
                 kept[depth] = x_FTC
