@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -222,6 +223,38 @@ def test_the_command_answers_while_the_video_is_read(tmp_path, monkeypatch, caps
     assert all(one["usage"]["frames"] == one["seen"] for one in said)
     assert main([*words, "--fps", "4", "--frames", "4", "What?"]) == 0
     assert capsys.readouterr().out.startswith("[5.5 s] ")
+
+
+class Typed(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("kind", [Typed, io.StringIO])
+def test_questions_are_typed_or_piped(tmp_path, monkeypatch, capsys, kind) -> None:
+    folder = folder_of(tmp_path, monkeypatch)
+    clip = animation(tmp_path / "clip.gif", 6, 500)
+    monkeypatch.setattr("sys.stdin", kind("@1 What now?\n\nAnd at the end?\n"))
+    words = [
+        "chat",
+        "--model",
+        str(folder),
+        "--stream-video",
+        str(clip),
+        "--device",
+        "cpu",
+        "--max-new-tokens",
+        "2",
+    ]
+    assert main([*words, "--fps", "4", "--json"]) == 0
+    printed = capsys.readouterr()
+    said = [json.loads(line) for line in printed.out.splitlines()]
+    assert len(said) == 2
+    if kind is Typed:
+        assert [one["question"] for one in said] == ["@1 What now?", "And at the end?"]
+        assert "answered as soon as they are typed" in printed.err
+    else:
+        assert [(one["question"], one["seen"]) for one in said] == [("What now?", 3), ("And at the end?", 6)]
 
 
 def test_the_command_says_what_cannot_be(tmp_path, monkeypatch, capsys) -> None:

@@ -108,7 +108,7 @@ class _Asked:
         self._question, self._every = question, every
         self._next = every
         self._timed: list[Timed] = []
-        self._typed: queue.Queue[str] | None = None
+        self._typed: queue.Queue[str | None] | None = None
         if question is not None:
             return
         if every is not None:
@@ -133,7 +133,11 @@ class _Asked:
         while seen and self._timed and self._timed[0][0] < since:
             answer(self._timed.pop(0)[1])
         while seen and self._typed is not None and not self._typed.empty():
-            answer(self._typed.get())
+            line = self._typed.get()
+            if line is None:
+                self._typed = None
+            else:
+                answer(line)
 
     def rest(self, answer: Callable[[str], None]) -> None:
         """Ask what is left when the video has ended."""
@@ -141,14 +145,17 @@ class _Asked:
             answer(text)
         if self._question is not None:
             answer(self._question)
-        while self._typed is not None and not self._typed.empty():
-            answer(self._typed.get())
+        if self._typed is not None:
+            note("the video has ended: ask on, or end with Ctrl-D")
+            while (line := self._typed.get()) is not None:
+                answer(line)
 
 
-def _type(typed: queue.Queue[str]) -> None:
+def _type(typed: queue.Queue[str | None]) -> None:
     for line in sys.stdin:
         if line.strip():
             typed.put(line.strip())
+    typed.put(None)
 
 
 def _answer(stream: Any, question: str, options: dict[str, Any], *, as_json: bool) -> None:
