@@ -258,6 +258,10 @@ def _understand(name: str, max_tiles: int | None, template: str | None, system: 
         from chiasm.checkpoint.wheel import smollm2_folder
         from chiasm.systems.internvl.load import outline
 
+        if folder.is_dir() and model_type(folder) == "pvc_internvl":
+            raise UsageError(
+                f"{name} is a PVC, whose temporal layers and repeats the cost model does not know: plan its InternVL"
+            )
         opened = open_checkpoint(smollm2_folder() if name == "smollm2" else folder)
         with opened.reader:
             # The template of a checkpoint that names none is not guessed, here as in chat.

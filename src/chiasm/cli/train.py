@@ -27,7 +27,10 @@ if TYPE_CHECKING:
 
 __all__ = ["RECIPE_HOMES", "find_recipe", "train", "train_command"]
 
-RECIPE_HOMES = {"internvl": "chiasm.systems.internvl.recipes"}
+RECIPE_HOMES = {
+    "internvl": "chiasm.systems.internvl.recipes",
+    "pvc": "chiasm.systems.pvc.recipes",
+}
 """System -> module whose ``__all__`` names its recipe functions."""
 
 
