@@ -16,7 +16,7 @@ from chiasm.model.causal import CausalVLM
 from chiasm.parts.embed import FeatureCache
 from chiasm.parts.vision.progressive import Clips, TemporalConfig
 from chiasm.systems.pvc.config import PVCConfig, downsample_for
-from chiasm.systems.pvc.model import build_pvc, change, views_of
+from chiasm.systems.pvc.model import FRAMES_AT_ONCE, build_pvc, change, views_of
 from chiasm.systems.pvc.plan import repeat_times, shots_of, video_times, with_repeats
 
 
@@ -194,6 +194,33 @@ def test_in_lockstep_every_pass_encodes_once() -> None:
     close(model.loss(documents(True)[2]).mean, plain.loss(documents(True)[2]).mean)
 
 
+def test_in_lockstep_every_layer_runs_equally_often() -> None:
+    """Without gradient too, where long videos are otherwise read in chunks."""
+    model = build()
+    model.embedder.lockstep = True  # type: ignore[assignment]
+    few, many = (
+        document(
+            [1, ("image", IMAGE, n * 3, n), 2],
+            {"image": MediaBatch(noise(n, 3, 16, 16, seed=n))},
+            train=False,
+        )
+        for n in (1, FRAMES_AT_ONCE + 1)
+    )
+    counts = []
+    for sequence in (few, many):
+        seen: list[int] = []
+        hooks = [
+            layer.register_forward_pre_hook(lambda *_, seen=seen, n=n: seen.append(n))
+            for n, layer in enumerate(model.embedder.vision.layers)
+        ]
+        with torch.no_grad():
+            model.embedder(repeated(sequence, 3))
+        for hook in hooks:
+            hook.remove()
+        counts.append(seen)
+    assert counts[0] == counts[1]
+
+
 # Anytime and views ---------------------------------------------------------------------------------------------------
 
 
@@ -214,6 +241,8 @@ def test_fewer_repeats_are_the_first_of_all(order) -> None:
         assert torch.equal(part.pos_T, torch.arange(len(part), dtype=torch.float32))
     with pytest.raises(DataError, match="0 repeats of a span that has 3"):
         with_repeats(whole, {first: 0}, config)
+    with pytest.raises(DataError, match=r"this model's own number is 2"):
+        with_repeats(whole, {first: 1}, replace(config, repeats=2))
 
 
 def test_a_picture_is_repeated_until_nothing_changes() -> None:
@@ -254,6 +283,11 @@ def test_views_of_a_tile() -> None:
     assert torch.equal(scales[3], ramp[0])
     assert float((scales[0] - ramp[0]).abs().max()) > float((scales[2] - ramp[0]).abs().max())
     assert torch.equal(views_of(ramp, 2, "same"), ramp.repeat(2, 1, 1, 1))
+    for views, wide in (("crops", crops), ("scales", scales)):
+        for dtype in (torch.bfloat16, torch.float16):
+            narrow = views_of(ramp.to(dtype), len(wide), views)
+            assert narrow.dtype == dtype
+            torch.testing.assert_close(narrow.float(), wide, rtol=0, atol=0.1)
 
 
 @pytest.mark.parametrize("views", ["crops", "scales"])

@@ -157,11 +157,16 @@ def test_options_of_inference(internvl, tmp_path) -> None:
         settled.chat(asked(picture()), max_new_tokens=3).text
         == load_pvc(folder, repeats=1, dtype="float32").chat(asked(picture()), max_new_tokens=3).text
     )
-    assert load_pvc(folder, views="crops").config.views == "crops"
+    for views in ("crops", "scales"):
+        seen = load_pvc(folder, views=views)  # in the bfloat16 that is stored
+        assert seen.config.views == views
+        assert len(seen.chat(asked(picture()), max_new_tokens=2).token_ids) <= 2
     assert chiasm.load(folder, repeats=3, max_tiles=1, device="cpu").spec.repeats == 3
     for given, error, said in (
         ({"repeats": 0}, ConfigError, "repeats must be a whole number of at least 1"),
+        ({"repeats": 97}, ConfigError, "97 repeats are beyond the horizon of 96 frames"),
         ({"anytime": -1}, ConfigError, "share of change above 0"),
+        ({"anytime": "little"}, ConfigError, "anytime is 'little'"),
         ({"anytime": 0.1, "views": "crops"}, ConfigError, "anytime compares equal repeats"),
         ({"views": "zoom"}, ConfigError, "views is 'zoom'"),
         ({"backend": "openvino"}, UsageError, "no temporal layers"),
@@ -170,6 +175,29 @@ def test_options_of_inference(internvl, tmp_path) -> None:
             load_pvc(folder, **given)
     with pytest.raises(UsageError, match="option 'repeats' is not known"):
         chiasm.load(internvl, repeats=2, device="cpu")
+
+
+def test_more_repeats_than_its_own_may_stop_early(internvl, tmp_path) -> None:
+    """The repeats that remain are those that were looked at, at the same times, and are not encoded again."""
+    retrofit(internvl, tmp_path / "pvc", PVCOptions(temporal=TEMPORAL, tokens=1, repeats=2))
+    model = load_pvc(tmp_path / "pvc", dtype="float32", repeats=6)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.model.embedder.named_parameters():
+            if any(word in name for word in ("gate", "modulation", "own")):
+                parameter.normal_(0, 0.3, generator=generator)
+    whole = model.inputs(asked(picture(40, 40))).sequence
+    (span,) = whole.spans
+    with torch.no_grad():
+        rows = model.model.embedder(whole).x_TC[span.start : span.start + span.length]
+        steps = [float((rows[n] - rows[n - 1]).norm() / rows[n].norm()) for n in range(1, 6)]
+        stop = steps.index(min(steps[1:]), 1)
+        model.anytime = (steps[stop] + min(steps[:stop])) / 2
+        fewer = model.inputs(asked(picture(40, 40))).sequence
+        (kept,) = fewer.spans
+        assert 1 < kept.repeats < 6
+        got = model.model.embedder(fewer).x_TC[kept.start : kept.start + kept.length]
+    torch.testing.assert_close(got, rows[: kept.repeats], rtol=1e-5, atol=1e-6)
 
 
 def test_a_rounded_pvc_answers(internvl, tmp_path) -> None:
@@ -199,7 +227,7 @@ def test_too_many_frames_are_refused(internvl, tmp_path) -> None:
     model = load_pvc(tmp_path / "pvc", dtype="float32")
     assert model.spec.sampling is not None
     assert model.spec.sampling.frames == 4
-    with pytest.raises(DataError, match="a video of 5 frames is beyond the model's horizon of 4"):
+    with pytest.raises(ContextOverflowError, match="5 frames are taken but the model looks at 4 at most"):
         model.chat(asked(FILM))
     with pytest.raises(ContextOverflowError):
         model.chat(asked(*[[picture(40, 40)] * 4] * 90))

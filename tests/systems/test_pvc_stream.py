@@ -98,6 +98,14 @@ def test_within_the_window_a_streamed_video_is_a_shown_one(chat) -> None:
     assert "".join(stream.stream("What happens?", max_new_tokens=5)) == reply.text
 
 
+def test_hours_into_a_video_a_stream_is_as_exact(chat) -> None:
+    """Single precision would know such times to a few milliseconds only."""
+    film = replace(FILM, times=tuple(40_000.1 + 0.7003 * when for when in FILM.times))
+    batch, streamed = chat.inputs(asked(film)), watched(chat, film, window=6, sink=0).inputs("What happens?")
+    rows = chat.model.embedder(batch.sequence).x_TC
+    torch.testing.assert_close(chat.model.embedder(streamed.sequence).x_TC, rows, rtol=1e-5, atol=1e-5)
+
+
 def test_frames_of_several_tiles_are_streamed_alike(tmp_path, monkeypatch) -> None:
     folder = folder_of(tmp_path, monkeypatch)
     config = json.loads((folder / "config.json").read_text())
@@ -171,6 +179,8 @@ def test_streams_that_cannot_be(chat) -> None:
             chat.watch()
     with pytest.raises(ConfigError, match="beyond the model's horizon of 96"):
         chat.watch(horizon=1.0, window=96)
+    with pytest.raises(ConfigError, match="a stream that shows 0 frames cannot be"):
+        chat.watch(horizon=1.0, frames=0)
     with pytest.raises(ConfigError, match="5 recent of 4 frames"):
         chat.watch(horizon=1.0, frames=4, recent=5)
     stream = chat.watch(horizon=1.0)

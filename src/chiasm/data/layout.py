@@ -156,7 +156,7 @@ class _Films:
                 data.append(tiles_N3SS)
                 times += [when] * len(tiles_N3SS)
                 places.append((n, len(tiles_N3SS)))
-        return MediaBatch(torch.cat(data), torch.tensor(times, dtype=torch.float32)), places
+        return MediaBatch(torch.cat(data), torch.tensor(times, dtype=torch.float64)), places
 
 
 def layout(

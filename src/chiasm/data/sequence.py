@@ -73,7 +73,8 @@ class Span:
 class MediaBatch:
     """Raw media of one kind: `data` (N, …), uint8 pixels (N, 3, S, S) for images, points, code groups, …
 
-    `times_N` are seconds (float32), where items are moments.
+    `times_N` are seconds, where items are moments: float64 (single precision knows a thousandth of a second for two
+    hours only), and always on the CPU, where they decide which items are encoded together and how.
     """
 
     data: Tensor
@@ -84,8 +85,8 @@ class MediaBatch:
             raise DataError(f"media has {len(self)} items but {self.times_N.numel()} time stamps")
 
     def to(self, device: torch.device | str) -> MediaBatch:
-        """On another device."""
-        return MediaBatch(self.data.to(device), None if self.times_N is None else self.times_N.to(device))
+        """On another device; the times stay."""
+        return MediaBatch(self.data.to(device), self.times_N)
 
     def items(self, low: int, high: int) -> MediaBatch:
         """Items low … high - 1."""
@@ -308,7 +309,7 @@ class Sequence:
             if own is None:
                 media_of[media] = MediaBatch(blank)
             else:
-                times_N = None if own.times_N is None else torch.zeros(more)
+                times_N = None if own.times_N is None else torch.zeros(more, dtype=torch.float64)
                 media_of[media] = MediaBatch.join([own, MediaBatch(blank, times_N)])
         filled = replace(self, media=media_of)
         if not missing:

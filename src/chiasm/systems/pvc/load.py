@@ -12,7 +12,7 @@ import torch
 from chiasm.checkpoint.store import CONFIG
 from chiasm.checkpoint.vocab import check_rows
 from chiasm.data.layout import LayoutSpec
-from chiasm.errors import ConfigError, TemplateError, UsageError
+from chiasm.errors import TemplateError, UsageError
 from chiasm.media.frames import FrameSampling
 from chiasm.model.answer import ModelInputs, Reply, parse_options
 from chiasm.model.causal import CausalVLM
@@ -20,7 +20,7 @@ from chiasm.model.chat import ChatModel
 from chiasm.model.loading import load_weights
 from chiasm.systems.pvc.config import PVCConfig
 from chiasm.systems.pvc.convert import open_pvc
-from chiasm.systems.pvc.model import build_pvc
+from chiasm.systems.pvc.model import build_pvc, check_anytime
 from chiasm.systems.pvc.stream import VideoStream
 from chiasm.text.templates import get_template
 from chiasm.text.tokenizer import Tokenizer
@@ -69,8 +69,9 @@ def spec_of(
     config: PVCConfig, tokenizer: Tokenizer, *, template: str, system: str | None = None
 ) -> LayoutSpec:
     """How the input of a PVC is laid out; `system` replaces the config's message."""
+    horizon = config.temporal.max_frames // config.video_repeats
     sampling = FrameSampling(
-        frames=min(FRAMES, config.temporal.max_frames // config.video_repeats),
+        frames=min(FRAMES, horizon),
         formula="hf" if get_template(template).frames == "hf" else "original",
     )
     return LayoutSpec(
@@ -85,29 +86,8 @@ def spec_of(
         repeat_order=config.repeat_order,
         frame_tiles=config.frame_tiles,
         video_repeats=config.video_repeats,
+        max_frames=horizon,
     )
-
-
-def chat_of(
-    model: CausalVLM,
-    spec: LayoutSpec,
-    *,
-    name: str,
-    deterministic: bool = False,
-    anytime: float | None = None,
-) -> PVCChat:
-    """The chat model of a PVC.
-
-    Raises:
-        ConfigError: `anytime` is no share of change, or the repeats show different things.
-    """
-    chat = PVCChat(model, spec, name=name, deterministic=deterministic)
-    if anytime is not None and not anytime > 0:
-        raise ConfigError(f"anytime is {anytime!r}: give a share of change above 0, for instance 0.05")
-    if anytime is not None and chat.config.views != "same":
-        raise ConfigError(f"anytime compares equal repeats, but views is {chat.config.views!r}: use 'same'")
-    chat.anytime = anytime
-    return chat
 
 
 def load_pvc(
@@ -147,6 +127,10 @@ def load_pvc(
         config = opened.config
         if views is not None:
             config = replace(config, views=views)
+        if repeats is not None and isinstance(repeats, int) and repeats > config.repeats:
+            config = replace(config, repeats=repeats)  # they share the time from 0 to 1 among them
+        if anytime is not None:
+            check_anytime(anytime, config)
         tokenizer = Tokenizer.from_file(opened.reader.folder)
         used = check_rows(tokenizer, config.language.vocab_size)
         chosen = template or config.template
@@ -169,4 +153,6 @@ def load_pvc(
             device=device,
             quantize=quantize,
         )
-    return chat_of(model, spec, name=Path(folder).name, deterministic=deterministic, anytime=anytime)
+    chat = PVCChat(model, spec, name=Path(folder).name, deterministic=deterministic)
+    chat.anytime = anytime
+    return chat

@@ -26,7 +26,7 @@ from chiasm.parts.vision.progressive import Clips, ProgressiveViT
 from chiasm.systems.pvc.config import PVCConfig
 from chiasm.systems.pvc.plan import ENCODED, Shot, key_of, shots_of, stray_items, with_repeats
 
-__all__ = ["FRAMES_AT_ONCE", "PVCEmbedder", "build_pvc", "views_of"]
+__all__ = ["FRAMES_AT_ONCE", "PVCEmbedder", "build_pvc", "change", "check_anytime", "views_of"]
 
 FRAMES_AT_ONCE = 16
 """Frames that one call of a layer takes where no gradient is wanted: what bounds the memory of long videos."""
@@ -37,17 +37,18 @@ def views_of(pixels_N3SS: Tensor, repeats: int, views: str) -> Tensor:
     side = pixels_N3SS.shape[-1]
 
     def resized(x: Tensor, to: int) -> Tensor:
-        return F.interpolate(x, size=(to, to), mode="bicubic", align_corners=False, antialias=True)
+        # Narrow numbers have no such kernel on the CPU.
+        wide = x if x.dtype == torch.float64 else x.float()
+        wide = F.interpolate(wide, size=(to, to), mode="bicubic", align_corners=False, antialias=True)
+        return wide.to(x.dtype)
 
     shown = [pixels_N3SS]
     if views == "crops":
         half = side // 2
         for n in range(1, repeats):
             top, left = divmod((n - 1) % 4, 2)
-            crop = pixels_N3SS[..., top * (side - half) : top * (side - half) + half, left * (side - half) :][
-                ..., :half
-            ]
-            shown.append(resized(crop, side))
+            y, x = top * (side - half), left * (side - half)
+            shown.append(resized(pixels_N3SS[..., y : y + half, x : x + half], side))
     elif views == "scales":
         shown = [
             resized(resized(pixels_N3SS, max(1, side * n // repeats)), side) if n < repeats else pixels_N3SS
@@ -110,6 +111,9 @@ class PVCEmbedder(nn.Module):
 
     def _together(self, x_TC: Tensor, sequence: Sequence, shots: list[Shot]) -> Tensor:
         """Rows with all media encoded in one call. Items that no span stands for are encoded and reach no row."""
+        if self.lockstep:
+            # In chunks, processes with different numbers of frames would run a shared layer differently often.
+            self.vision.chunked(None)
         if not any(len(batch) for name, batch in sequence.media.items() if name in ("image", "video")):
             if not self.lockstep:
                 return x_TC
@@ -196,12 +200,7 @@ class PVCEmbedder(nn.Module):
         Raises:
             ConfigError: the threshold is not positive, or the model's repeats show different things.
         """
-        if not threshold > 0:
-            raise ConfigError(f"anytime is {threshold!r}: give a share of change above 0, for instance 0.05")
-        if self.config.views != "same":
-            raise ConfigError(
-                f"anytime compares equal repeats, but views is {self.config.views!r}: use 'same'"
-            )
+        check_anytime(threshold, self.config)
         if self.features is not None:
             self.features.bind(self)
         wanted: dict[Span, int] = {}
@@ -232,6 +231,14 @@ class PVCEmbedder(nn.Module):
                 break
             found.append(tokens_NKC)
         return torch.stack(found, dim=1)
+
+
+def check_anytime(threshold: float, config: PVCConfig) -> None:
+    """Raise ConfigError unless a picture's repeats can be stopped at this share of change."""
+    if not isinstance(threshold, int | float) or isinstance(threshold, bool) or not threshold > 0:
+        raise ConfigError(f"anytime is {threshold!r}: give a share of change above 0, for instance 0.05")
+    if config.views != "same":
+        raise ConfigError(f"anytime compares equal repeats, but views is {config.views!r}: use 'same'")
 
 
 def change(tokens_NKC: Tensor, before_NKC: Tensor) -> float:

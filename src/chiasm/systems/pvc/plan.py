@@ -205,7 +205,8 @@ def with_repeats(sequence: Sequence, repeats: Mapping[Span, int], config: PVCCon
     earlier ones only.
 
     Raises:
-        DataError: a span is none of a picture of the sequence, or is to have more repeats than it has, or none.
+        DataError: a span is none of a picture of the sequence, or is to have more repeats than it has, or none; or it
+            has more than the model's own number, whose relative times would change with their number.
     """
     keep_T = torch.ones(len(sequence), dtype=torch.bool)
     known = set(sequence.spans_of("image"))
@@ -213,6 +214,11 @@ def with_repeats(sequence: Sequence, repeats: Mapping[Span, int], config: PVCCon
         if span not in known or not 1 <= wanted <= span.repeats:
             raise DataError(
                 f"{wanted} repeats of a span that has {span.repeats}: keep 1 to all of a picture's"
+            )
+        if wanted < span.repeats > config.repeats and config.temporal.time == "relative":
+            raise DataError(
+                f"{wanted} of {span.repeats} repeats would be at other times: this model's own number is "
+                f"{config.repeats}"
             )
         rows = keep_T[span.start : span.start + span.length]
         if config.repeat_order == "repeat":

@@ -61,8 +61,10 @@ class FrameStore:
     """
 
     def __init__(self, shown: int = FRAMES, recent: int | None = None) -> None:
+        if shown < 1:
+            raise ConfigError(f"a stream that shows {shown} frames cannot be: show at least 1")
         recent = max(1, shown // 2) if recent is None else recent
-        if shown < 1 or not 1 <= recent <= shown:
+        if not 1 <= recent <= shown:
             raise ConfigError(
                 f"{recent} recent of {shown} frames cannot be: show at least 1, the latest among them"
             )
@@ -245,7 +247,7 @@ class VideoStream:
             replace(span, media=ENCODED, first=n, key=f"{self._name} frame {number}", group=-1)
             for n, (span, number) in enumerate(zip(laid.spans, numbers, strict=True))
         )
-        times = torch.tensor(self.store.times(numbers), dtype=torch.float32)
+        times = torch.tensor(self.store.times(numbers), dtype=torch.float64)
         encoded = MediaBatch(self.store.tokens(numbers), times)
         sequence: Sequence = replace(laid, spans=spans, media={ENCODED: encoded})
         side = spec.tiles.image_size
