@@ -156,6 +156,34 @@ def test_half_a_model_is_never_written(tmp_path, monkeypatch, changes, said) -> 
     assert not (tmp_path / "out").exists()
 
 
+def test_no_two_tensors_have_one_place(tmp_path, monkeypatch) -> None:
+    """Else one of them would be left out without a word."""
+    more = {f"{LAYER}puzzle.weight": (V, V), f"{LAYER}riddle.weight": (V, V)}
+    folder = release(tmp_path / "r", monkeypatch, **more)
+    place = "embedder.vision.layers.1.temporal.proj.weight"
+    puzzle, riddle = more
+    found = discover(folder, names={puzzle: place, riddle: ""})
+    assert {f.key for f in found.unknown} == {f"{LAYER}t_attn.proj.weight"}
+    with pytest.raises(CheckpointError, match=r"1 unknown \(first: .*t_attn\.proj\.weight"):
+        convert_release(folder, tmp_path / "out", names={puzzle: place, riddle: ""}, accept_guesses=True)
+    with pytest.raises(CheckpointError, match="are both named"):
+        discover(folder, names={puzzle: place, riddle: place})
+    names = {puzzle: place, riddle: "", f"{LAYER}t_attn.proj.weight": ""}
+    convert_release(folder, tmp_path / "out", names=names, accept_guesses=True)
+    with CheckpointReader(folder) as a, CheckpointReader(tmp_path / "out") as b:
+        assert torch.equal(b.tensor(f"{LAYER}temporal.proj.weight"), a.tensor(puzzle))
+
+
+def test_layers_are_folded_where_they_are_alike(tmp_path, monkeypatch) -> None:
+    first = "vision_model.encoder.layers.0."
+    folder = release(tmp_path / "r", monkeypatch, **{f"{first}puzzle": (2, 2), f"{LAYER}puzzle": (3, 2)})
+    lines = [line for line in discover(folder).lines() if "puzzle" in line]
+    assert [line.split(" -> ")[0] for line in lines] == [
+        "unknown   vision_model.encoder.layers.{i}.puzzle [2, 2] (layers 0)",
+        "unknown   vision_model.encoder.layers.{i}.puzzle [3, 2] (layers 1)",
+    ]
+
+
 def test_a_name_that_the_folder_has_not_is_refused(tmp_path, monkeypatch) -> None:
     with pytest.raises(CheckpointError, match=r"has no tensor mlp1\.nothing that InternVL lacks"):
         discover(release(tmp_path / "r", monkeypatch), names={"mlp1.nothing": ""})
@@ -203,6 +231,9 @@ def test_one_command_makes_a_pvc_of_an_internvl(tmp_path, monkeypatch, run) -> N
     assert json.loads(result.out)["target"] == "pvc"
     config = open_pvc(tmp_path / "pvc").config
     assert (config.repeats, config.temporal.time, config.temporal.layers) == (2, "seconds", 1)
+    again = run(tmp_path / "pvc", tmp_path / "x", "--to", "pvc")
+    assert again.code == 2
+    assert again.err.splitlines() == [f"error: {tmp_path / 'pvc'} is a PVC folder of Chiasm already"]
     wrong = run(folder, tmp_path / "x", "--to", "pvc", "--set", "temporal.leyers=1")
     assert wrong.code == 2
     assert "did you mean 'layers'?" in wrong.err

@@ -14,7 +14,7 @@ from tests.checkpoint import random_checkpoints as made
 import chiasm
 from chiasm.checkpoint.store import CheckpointReader
 from chiasm.cli.app import main
-from chiasm.errors import CheckpointError, ConfigError, ContextOverflowError, DataError, UsageError
+from chiasm.errors import CheckpointError, ConfigError, ContextOverflowError, UsageError
 from chiasm.model.chat import Chats
 from chiasm.parts.connect.conditioned import coarsened
 from chiasm.parts.vision.progressive import TemporalConfig

@@ -278,11 +278,13 @@ def _to_pvc(
     """An InternVL made a PVC, a run of one written, or the released PVC discovered: its report goes to stderr."""
     from chiasm.checkpoint.store import read_json
     from chiasm.hub import model_type
-    from chiasm.systems.pvc.convert import MODEL_TYPE, PVCOptions, retrofit
+    from chiasm.systems.pvc.convert import MODEL_TYPE, PVCOptions, is_release, retrofit
     from chiasm.systems.pvc.discover import convert_release, discover, options_of
     from chiasm.train.recipe import apply_overrides
 
     released = model_type(src) == MODEL_TYPE
+    if released and not is_release(read_json(src / "config.json")):
+        raise UsageError(f"{src} is a PVC folder of Chiasm already")
     if not released:
         if names or accept_guesses:
             raise UsageError(f"--names and --accept-guesses are for the released PVC, and {src} is none")

@@ -153,9 +153,9 @@ def plan_command(
     chiasm plan internvl/stage2_8b --gpus 512 --on h100 plans a training run: parameters, optimiser and activation
     memory, FLOPs, days.
     """
-    from chiasm.cli.train import RECIPE_HOMES
+    from chiasm.cli.train import is_recipe
 
-    if ".py:" in model or model.partition("/")[0] in RECIPE_HOMES:
+    if is_recipe(model):
         talk = {
             "--image": image,
             "--frames": frames,

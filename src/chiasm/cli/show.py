@@ -49,11 +49,11 @@ def describe(name: str, overrides: tuple[str, ...] = ()) -> dict[str, Any]:
         UsageError: nothing has this name.
         CheckpointError: a folder that cannot be understood, or a model that is not installed.
     """
-    from chiasm.cli.train import RECIPE_HOMES
+    from chiasm.cli.train import is_recipe
     from chiasm.hub import existing
     from chiasm.text.templates import TEMPLATES
 
-    if ".py:" in name or name.partition("/")[0] in RECIPE_HOMES:
+    if is_recipe(name):
         return _recipe(name, overrides)
     if overrides:
         raise UsageError(f"--set is for recipes; {name} is none")

@@ -105,7 +105,7 @@ class Discovery:
         out = [f"{len(self.known)} tensors are those of an InternVL"]
         for name, shape in self.missing.items():
             out.append(f"missing   {name} {list(shape)}")
-        for key, (layers, finding) in _folded(self.findings).items():
+        for key, layers, finding in _folded(self.findings):
             what = "unknown" if finding.native is None else "named" if finding.sure else "guess"
             where = "left out" if finding.native == "" else _general(finding.native or "?")
             many = f" (layers {layers})" if layers else ""
@@ -297,8 +297,9 @@ def _compare(
 def _named(
     rest: Mapping[str, Shape], guesses: Mapping[str, tuple[str, str]], names: Mapping[str, str], folder: Path
 ) -> tuple[Finding, ...]:
-    """What the user says wins over what is guessed."""
+    """What the user says wins over what is guessed, for the tensor and for the place."""
     used: set[str] = set()
+    places: dict[str, str] = {}
     out = []
     for key, shape in rest.items():
         layer = _LAYER.fullmatch(key)
@@ -307,6 +308,11 @@ def _named(
         if said is not None:
             used.add(said)
             native = names[said].replace("{i}", layer[2] if layer else "{i}")
+            if native and native in places:
+                raise CheckpointError(
+                    f"{places[native]} and {key} are both named {native}: correct the names"
+                )
+            places[native] = key
             out.append(Finding(key=key, shape=shape, native=native, why="as named", sure=True))
             continue
         native, why = guesses.get(key, (None, "no rule knows this name and shape"))
@@ -314,7 +320,12 @@ def _named(
     stray = sorted(set(names) - used)
     if stray:
         raise CheckpointError(f"{folder} has no tensor {stray[0]} that InternVL lacks: correct the names")
-    return tuple(out)
+    return tuple(
+        replace(f, native=None, why=f"its likely place is named for {places[f.native]}")
+        if not f.sure and f.native and f.native in places
+        else f
+        for f in out
+    )
 
 
 def _guesses(rest: Mapping[str, Shape], width: int, stacked: int, layers: int) -> dict[str, tuple[str, str]]:
@@ -496,15 +507,24 @@ def _general(name: str) -> str:
     return f"{match[1]}{{i}}{match[3]}" if match else name
 
 
-def _folded(findings: tuple[Finding, ...]) -> dict[str, tuple[str, Finding]]:
-    """General name -> (layers that have it, one of them)."""
-    out: dict[str, tuple[list[int], Finding]] = {}
+def _folded(findings: tuple[Finding, ...]) -> list[tuple[str, str, Finding]]:
+    """General name, shape and place -> (layers that have it so, one of them)."""
+    out: dict[tuple[str, Shape, str | None], tuple[list[int], Finding]] = {}
     for finding in findings:
         match = _LAYER.fullmatch(finding.key)
-        layers, _ = out.setdefault(_general(finding.key), ([], finding))
+        place = finding.native and _general(finding.native)
+        layers, _ = out.setdefault((_general(finding.key), finding.shape, place), ([], finding))
         if match:
             layers.append(int(match[2]))
-    return {
-        key: (f"{min(layers)} to {max(layers)}" if layers else "", finding)
-        for key, (layers, finding) in out.items()
-    }
+    return [(key, _runs(sorted(layers)), finding) for (key, *_), (layers, finding) in out.items()]
+
+
+def _runs(numbers: list[int]) -> str:
+    """Rising numbers as ranges: 0-3, 7."""
+    out: list[list[int]] = []
+    for n in numbers:
+        if out and n == out[-1][1] + 1:
+            out[-1][1] = n
+        else:
+            out.append([n, n])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in out)

@@ -15,7 +15,6 @@ from chiasm.data.layout import LayoutSpec
 from chiasm.errors import TemplateError, UsageError
 from chiasm.media.frames import FrameSampling
 from chiasm.model.answer import ModelInputs, Reply, parse_options
-from chiasm.model.causal import CausalVLM
 from chiasm.model.chat import ChatModel
 from chiasm.model.loading import load_weights
 from chiasm.systems.pvc.config import PVCConfig
