@@ -257,6 +257,40 @@ def test_the_command_line_knows_the_folder(internvl, tmp_path, capsys) -> None:
     assert json.loads(capsys.readouterr().out)["usage"]["tiles"] == 1
 
 
+def test_data_are_counted_as_the_folder_lays_them_out(internvl, tmp_path, capsys) -> None:
+    """Repeats, frames and the horizon are the model's own."""
+    temporal = TemporalConfig(layers=1, time_sines=8, time_width=6, max_frames=8)
+    retrofit(internvl, tmp_path / "pvc", PVCOptions(temporal=temporal, tokens=1, repeats=3))
+    (tmp_path / "clip").mkdir()
+    for n in range(12):
+        picture(40, 40, seed=n).save(tmp_path / "clip" / f"{n:02}.png")
+    picture(40, 40).save(tmp_path / "p.png")
+    said = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "That."}]
+    rows = [{"image": "p.png", "conversations": said}, {"video": "clip", "conversations": said}]
+    file = tmp_path / "train.jsonl"
+    file.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    words = [str(file), "--root", str(tmp_path), "--model", str(tmp_path / "pvc")]
+    assert main(["data", "stats", *words]) == 0
+    assert "(1, encoded 3 times)" in capsys.readouterr().out
+    assert main(["data", "lint", *words, "--frames", "4,8"]) == 0
+    capsys.readouterr()
+    assert main(["data", "lint", *words, "--frames", "4,10"]) == 1
+    assert "10 frames are taken but the model looks at 8 at most" in capsys.readouterr().out
+    packed = [
+        "data",
+        "pack",
+        *words,
+        "--min-frames",
+        "4",
+        "--max-frames",
+        "8",
+        "--max-tokens",
+        "512",
+        "--json",
+    ]
+    assert main(packed) == 0
+
+
 @pytest.mark.parametrize("family", ["internlm2", "qwen3"])
 def test_other_language_families(tmp_path, monkeypatch, family) -> None:
     monkeypatch.setattr(made, "VOCAB", byte_level().vocab_size)

@@ -315,6 +315,14 @@ def layout_of(model: str, *, template: str | None = None) -> tuple[LayoutSpec, t
 
     Raises UsageError when nothing has this name.
     """
+    from pathlib import Path
+
+    from chiasm.hub import model_type
+
+    if model_type(Path(model).expanduser()) == "pvc_internvl":
+        from chiasm.systems.pvc.load import layout_of_folder
+
+        return layout_of_folder(Path(model).expanduser(), template=template), ()
     known = _understand(model, None, template, None)
     return known.spec, known.notes
 

@@ -24,7 +24,7 @@ from chiasm.systems.pvc.stream import VideoStream
 from chiasm.text.templates import get_template
 from chiasm.text.tokenizer import Tokenizer
 
-__all__ = ["FRAMES", "OPTIONS", "PVCChat", "load_pvc", "spec_of"]
+__all__ = ["FRAMES", "OPTIONS", "PVCChat", "layout_of_folder", "load_pvc", "spec_of"]
 
 FRAMES = 64
 """Frames of a video, unless the question says otherwise (those of the release's example)."""
@@ -89,6 +89,27 @@ def spec_of(
     )
 
 
+def _template(config: PVCConfig, folder: Path) -> str:
+    if config.template is None:
+        raise TemplateError(
+            f"{folder / CONFIG} names no template: pass template=/--template (internvl2_5 for InternVL 2.5)"
+        )
+    return config.template
+
+
+def layout_of_folder(folder: str | Path, *, template: str | None = None) -> LayoutSpec:
+    """How the input of a PVC folder is laid out; no weight is read.
+
+    Raises:
+        CheckpointError, ConfigError, TemplateError: as of `load_pvc`.
+    """
+    opened = open_pvc(folder)
+    with opened.reader:
+        tokenizer = Tokenizer.from_file(opened.reader.folder)
+        check_rows(tokenizer, opened.config.language.vocab_size)
+    return spec_of(opened.config, tokenizer, template=template or _template(opened.config, Path(folder)))
+
+
 def load_pvc(
     folder: str | Path,
     *,
@@ -124,20 +145,15 @@ def load_pvc(
     opened = open_pvc(folder, **tiles)
     with opened.reader:
         config = opened.config
+        tokenizer = Tokenizer.from_file(opened.reader.folder)
+        used = check_rows(tokenizer, config.language.vocab_size)
         if views is not None:
             config = replace(config, views=views)
         if repeats is not None and isinstance(repeats, int) and repeats > config.repeats:
             config = replace(config, repeats=repeats)  # they share the time from 0 to 1 among them
         if anytime is not None:
             check_anytime(anytime, config)
-        tokenizer = Tokenizer.from_file(opened.reader.folder)
-        used = check_rows(tokenizer, config.language.vocab_size)
-        chosen = template or config.template
-        if chosen is None:
-            raise TemplateError(
-                f"{Path(folder) / CONFIG} names no template: pass template=/--template (internvl2_5 for InternVL 2.5)"
-            )
-        spec = spec_of(config, tokenizer, template=chosen, system=system)
+        spec = spec_of(config, tokenizer, template=template or _template(config, Path(folder)), system=system)
         if repeats is not None:
             spec = replace(spec, repeats=repeats)
         with torch.device("meta"):
