@@ -15,6 +15,7 @@ import chiasm
 from chiasm.checkpoint.store import CheckpointReader
 from chiasm.cli.app import main
 from chiasm.errors import CheckpointError, ConfigError, ContextOverflowError, UsageError
+from chiasm.eval.families import describe
 from chiasm.model.chat import Chats
 from chiasm.parts.connect.conditioned import coarsened
 from chiasm.parts.vision.progressive import TemporalConfig
@@ -175,6 +176,19 @@ def test_options_of_inference(internvl, tmp_path) -> None:
             load_pvc(folder, **given)
     with pytest.raises(UsageError, match="option 'repeats' is not known"):
         chiasm.load(internvl, repeats=2, device="cpu")
+
+
+def test_manifests_tell_options_apart(internvl, tmp_path) -> None:
+    """Kept answers of one way to look at pictures must not be taken for those of another."""
+    retrofit(internvl, tmp_path / "pvc", PVCOptions(temporal=TEMPORAL, tokens=1))
+    ways = ({}, {"repeats": 2}, {"anytime": 0.1}, {"anytime": 0.2}, {"views": "crops"})
+    facts = [json.dumps(describe(load_pvc(tmp_path / "pvc", **way))) for way in ways]
+    assert len(set(facts)) == len(ways)
+    assert facts[0] == json.dumps(describe(load_pvc(tmp_path / "pvc")))
+    config = json.loads((tmp_path / "pvc" / "config.json").read_text())
+    config["chiasm_pvc"]["temporal"]["time"] = "seconds"
+    (tmp_path / "pvc" / "config.json").write_text(json.dumps(config))
+    assert json.dumps(describe(load_pvc(tmp_path / "pvc"))) not in facts
 
 
 def test_more_repeats_than_its_own_may_stop_early(internvl, tmp_path) -> None:

@@ -350,5 +350,6 @@ def describe(model: ChatModel) -> dict[str, Any]:
         "tiles": dataclasses.asdict(spec.tiles),
         "tokens_per_tile": spec.tokens_per_tile,
         **({"repeats": spec.repeats} if spec.repeats > 1 else {}),
+        **model.facts,
         "parameters": count_by_part((name, p.numel()) for name, p in model.model.named_parameters()),
     }

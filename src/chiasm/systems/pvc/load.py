@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,16 @@ class PVCChat(ChatModel):
     def config(self) -> PVCConfig:
         """What the model is made of."""
         return self.model.embedder.config  # type: ignore[return-value]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What answers depend on beside weights and layout: how time is counted, what repeats show, when they end."""
+        found = {
+            "temporal": asdict(self.config.temporal),
+            "repeat_order": self.config.repeat_order,
+            "views": self.config.views,
+        }
+        return found if self.anytime is None else {**found, "anytime": self.anytime}
 
     def inputs(self, messages: Any, images: Sequence[Any] = ()) -> ModelInputs:
         """Lay a conversation out, see `ChatModel.inputs`; with `anytime`, a picture has the repeats that it needs."""
