@@ -254,7 +254,9 @@ def test_the_command_line_knows_the_folder(internvl, tmp_path, capsys) -> None:
     assert (said["layout"], said["repeats"], said["temporal"]["layers"]) == ("pvc", 4, 1)
     assert main(["plan", str(tmp_path / "pvc")]) == 2
     assert "plan its InternVL" in capsys.readouterr().err
-    assert main(["convert", str(tmp_path / "pvc"), str(tmp_path / "hf"), "--to", "hf"]) == 1
+    for to in ("hf", "gguf", "vision"):
+        assert main(["convert", str(tmp_path / "pvc"), str(tmp_path / "hf"), "--to", to]) == 2
+        assert "no other layout can hold" in capsys.readouterr().err
     assert not (tmp_path / "hf").exists()
     Image.fromarray(np.zeros((40, 40, 3), dtype=np.uint8)).save(tmp_path / "black.png")
     words = [

@@ -175,6 +175,9 @@ def test_stages_follow_each_other_and_end_in_a_folder_that_answers(internvl, tmp
     a = fit(first, tmp_path / "a", "pvc/stage_a")
     tuned = apply_overrides(recipes.lora(), [*sets, f"model.path={a.path}", "model.max_length=512"])
     b = fit(tuned, tmp_path / "b", "pvc/lora")
+    for to in ("hf", "gguf"):
+        assert main(["convert", str(b.path), str(tmp_path / "hf"), "--to", to]) == 2
+        assert "write it with --to pvc" in capsys.readouterr().err
     assert main(["convert", str(b.path), str(tmp_path / "pvc"), "--to", "pvc"]) == 0
     assert "pvc" in capsys.readouterr().out
     model = load_pvc(tmp_path / "pvc", dtype="float32")

@@ -206,6 +206,10 @@ def convert_command(
     from chiasm.checkpoint.convert import convert, convert_part
     from chiasm.hub import model_type
 
+    if model_type(src) == "pvc_internvl":
+        raise UsageError(
+            f"{src} is a PVC, whose temporal layers no other layout can hold: it cannot be written as {to.value}"
+        )
     if model_type(src) == "chiasm-mini":
         raise UsageError(
             f"{src} is a bundle of chiasm-mini (encoder, projector, adapters; no language model): it cannot be "
@@ -322,7 +326,11 @@ def _to_pvc(
 
 def _check_run(src: Path, to: Layout, changes: dict[str, Any]) -> None:
     """UsageError for what a run cannot be written as in one go."""
+    from chiasm.train.run import RunFolder
+
     given = next((name for name, value in changes.items() if value is not None), None)
+    if str(RunFolder.open(src).info["recipe"]["model"].get("type")).startswith("chiasm.systems.pvc."):
+        raise UsageError(f"{src} is a run of a PVC, which no other layout can hold: write it with --to pvc")
     if to not in (Layout.ORIGINAL, Layout.HF, Layout.HF_OLD):
         raise UsageError(
             f"{src} is a run: write it with --to original, hf or hf-old first, and convert that folder to {to.value}"
