@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chiasm.errors import ConfigError
+from chiasm.nn import temporal
 from chiasm.nn.temporal import TemporalAttention, TemporalPast, TimeEmbedding, modulated, sees, sinusoid
 
 
@@ -34,6 +35,24 @@ def close(got: torch.Tensor, expected: torch.Tensor, limit: float = 1e-10) -> No
 def test_sequences_together_are_sequences_apart(lengths, facts) -> None:
     module, x = attention(**facts), frames(sum(lengths))
     close(module(x, lengths), module.forward_reference(x, lengths))
+
+
+def test_no_call_of_attention_has_more_sequences_than_a_kernel_takes(monkeypatch) -> None:
+    monkeypatch.setattr(temporal, "_BATCH", 4)
+    sizes, real = [], torch.nn.functional.scaled_dot_product_attention
+
+    def counted(q, k, v, **options):
+        sizes.append(len(q))
+        return real(q, k, v, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
+    module, x, past = attention(), frames(6, 3), TemporalPast(3)
+    close(module(x, (3, 3)), module.forward_reference(x, (3, 3)))
+    streamed = torch.cat([module.step(x[n : n + 2], past) for n in (0, 2, 4)])
+    both = [module.forward_reference(x[n::2], (3,)) for n in (0, 1)]
+    close(streamed, torch.stack(both, dim=1).flatten(0, 1))
+    assert max(sizes) == 4
+    assert len(sizes) > 4
 
 
 def test_the_fast_way_has_the_gradients_of_the_slow_one() -> None:

@@ -39,6 +39,9 @@ __all__ = [
 ACTIVATIONS: dict[str, type[nn.Module]] = {"silu": nn.SiLU, "gelu": nn.GELU, "relu": nn.ReLU}
 """Name -> activation of time embeddings and in front of modulations."""
 
+_BATCH = 1 << 15
+"""Most sequences of one call of attention: CUDA's kernels take 65,535 at most, and 64 tiles of 1,025 tokens are more."""
+
 
 def sinusoid(times_F: Float[Tensor, " F"], width: int, period: float = 10_000.0) -> Float[Tensor, "F S"]:
     """Cosines, then sines, of the times at `width` / 2 frequencies from 1 down to nearly 1 / `period`.
@@ -243,7 +246,9 @@ class TemporalAttention(nn.Module):
             x.view(-1, length, N, self.heads, A // self.heads).permute(0, 2, 3, 1, 4).flatten(0, 1)
             for x in (q_FNA, k_FNA, v_FNA)
         )
-        o_MHTD = F.scaled_dot_product_attention(q, k, v, is_causal=length > 1)
+        parts = zip(q.split(_BATCH), k.split(_BATCH), v.split(_BATCH), strict=True)
+        done = [F.scaled_dot_product_attention(*part, is_causal=length > 1) for part in parts]
+        o_MHTD = done[0] if len(done) == 1 else torch.cat(done)
         o = o_MHTD.unflatten(0, (frames // length, N)).permute(0, 3, 1, 2, 4)
         return o.reshape(frames, N, A)
 
@@ -252,7 +257,8 @@ class TemporalAttention(nn.Module):
         B, N, _ = h_BNC.shape
         q, k, v = (x.view(B * N, self.heads, -1) for x in self._project(h_BNC))
         keys, values = past.append(k, v)
-        o_MH1D = F.scaled_dot_product_attention(q[:, :, None], keys, values)
+        parts = zip(q[:, :, None].split(_BATCH), keys.split(_BATCH), values.split(_BATCH), strict=True)
+        o_MH1D = torch.cat([F.scaled_dot_product_attention(*part) for part in parts])
         return self.proj(o_MH1D.reshape(B, N, self.inner))
 
     def forward_reference(
