@@ -182,6 +182,9 @@ def test_stages_follow_each_other_and_end_in_a_folder_that_answers(internvl, tmp
     assert "pvc" in capsys.readouterr().out
     model = load_pvc(tmp_path / "pvc", dtype="float32")
     assert model.spec.repeats == 2
+    for folder in (b.path, tmp_path / "pvc"):
+        with pytest.raises(UsageError, match=r"is a PVC already.*leave out model\.options"):
+            PVCModel(path=str(folder), options=OPTIONS).sizes()
     weights = a.load().weights
     name = "embedder.vision.layers.1.gate"
     trained = b.load().weights[name]

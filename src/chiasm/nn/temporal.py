@@ -40,7 +40,7 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {"silu": nn.SiLU, "gelu": nn.GELU, "re
 """Name -> activation of time embeddings and in front of modulations."""
 
 _BATCH = 1 << 15
-"""Most sequences of one call of attention: CUDA's kernels take 65,535 at most, and 64 tiles of 1,025 tokens are more."""
+"""Most sequences of one call of attention: CUDA's kernels take 65,535 at most, 64 tiles of 1,025 tokens are more."""
 
 
 def sinusoid(times_F: Float[Tensor, " F"], width: int, period: float = 10_000.0) -> Float[Tensor, "F S"]:

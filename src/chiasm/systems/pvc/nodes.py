@@ -144,7 +144,7 @@ class PVCModel:
     path: str = ""
     """InternVL checkpoint in any layout (made a PVC by ``options``), PVC folder, or the folder of a run."""
     options: PVCOptions = field(default_factory=PVCOptions)
-    """What a PVC has beyond its InternVL; not used where ``path`` is a PVC already."""
+    """What a PVC has beyond its InternVL; as they are here where ``path`` is a PVC already, which has its own."""
     preset: str = ""
     """Release whose sizes are counted while ``path`` is not set."""
     template: str | None = None
@@ -200,12 +200,19 @@ def opened_source(path: str | Path, options: PVCOptions | None = None) -> PVCSou
     Raises:
         CheckpointError: the folder is none of these, or damaged.
         ConfigError: the options do not fit the InternVL.
-        UsageError: it is a language model alone, or a run that began with no checkpoint.
+        UsageError: it is a language model alone, a run that began with no checkpoint, or options are given for what
+            is a PVC already.
     """
     path, options = Path(path), options or PVCOptions()
-    if (path / "run.json").is_file():
+    run = (path / "run.json").is_file()
+    whole = run or ((path / CONFIG).is_file() and is_pvc(read_json(path / CONFIG)))
+    if whole and options != PVCOptions():
+        raise UsageError(
+            f"{path} is a PVC already, which keeps its own temporal layers, tokens and repeats: leave out model.options"
+        )
+    if run:
         return _trained(RunFolder.open(path))
-    if (path / CONFIG).is_file() and is_pvc(read_json(path / CONFIG)):
+    if whole:
         found = open_pvc(path)
         return PVCSource(
             opened=found.as_internvl,
