@@ -117,8 +117,9 @@ def test_frames_of_several_tiles_are_streamed_alike(tmp_path, monkeypatch) -> No
     assert batch.tiles.shape[0] == 12
     torch.testing.assert_close(chat.logits(streamed), chat.logits(batch), rtol=1e-4, atol=1e-4)
     stream = watched(chat, film)
-    with pytest.raises(DataError, match="a frame of 1 tiles in a video of 2"):
-        stream.add(picture(1), film.times[-1])
+    for size in ((40, 40), (56, 120)):  # of another number of tiles, and of as many in another grid
+        with pytest.raises(DataError, match=rf"a frame of {size[0]}x{size[1]} pixels in a video of 120x56"):
+            stream.add(picture(1, *size), film.times[-1])
 
 
 def test_an_answer_depends_on_no_earlier_question(chat) -> None:

@@ -172,6 +172,7 @@ class VideoStream:
         self._first: float | None = None
         self._last = 0.0
         self._tiles = 0
+        self._size: tuple[int, int] | None = None
 
     @property
     def seen(self) -> int:
@@ -192,7 +193,8 @@ class VideoStream:
             time: when it is, in seconds, not before the frame in front of it.
 
         Raises:
-            DataError: the time falls or lies behind the horizon, or the frame is cut into another number of tiles.
+            DataError: the time falls or lies behind the horizon, or, where frames have several tiles, the frame has
+                another size.
         """
         config = self.chat.config
         first = time if self._first is None else self._first
@@ -206,11 +208,12 @@ class VideoStream:
                 f"a frame {since:g} s after the first lies behind the stream's horizon of {self.horizon:g} s: give a "
                 "longer one"
             )
-        tiles_N3SS = self.chat.spec.tiles.tile(image, config.frame_tiles)
-        if self._tiles and len(tiles_N3SS) != self._tiles:
+        if config.frame_tiles > 1 and self._size not in (None, image.size):
+            (width, height), (wide, high) = self._size, image.size  # type: ignore[misc]
             raise DataError(
-                f"a frame of {len(tiles_N3SS)} tiles in a video of {self._tiles}: all frames must have one size"
+                f"a frame of {wide}x{high} pixels in a video of {width}x{height}: they cannot share one tiling"
             )
+        tiles_N3SS = self.chat.spec.tiles.tile(image, config.frame_tiles)
         when = video_times([0.0, since], config, horizon=self.horizon)[1]
         embedder = self.chat.model.embedder
         weight = self._vision.patch_embedding.weight
@@ -219,7 +222,8 @@ class VideoStream:
         trunk = self._vision.trunk(pixels)
         features = self._vision.step(trunk, times_N, self._past, config.select_layer)
         tokens_NKC = embedder.compressed(features, times_N)  # type: ignore[operator]
-        self._first, self._last, self._tiles = first, since, len(tiles_N3SS)
+        self._first, self._last = first, since
+        self._tiles, self._size = len(tiles_N3SS), image.size
         self.store.add(tokens_NKC.flatten(0, 1), since)
 
     def inputs(self, question: str) -> ModelInputs:
