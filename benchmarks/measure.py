@@ -26,6 +26,7 @@ SPEED = ("inference", "quantized", "peer_openvino", "batching", "attention")
 ORDER = (
     *SPEED,
     *("preprocessing", "startup", "memory", "plan_training", "training", "loader", "parity", "world_speed"),
+    "pvc_speed",
 )
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
 

@@ -56,9 +56,9 @@ def load(
     """Load a model that answers questions about pictures.
 
     Args:
-        path_or_id: a name of `names()`, or a checkpoint folder (InternVL in its original or -hf layout, a language
-            model alone of a family that InternVL builds on, or a chiasm-mini of one's own training), or the id of
-            such a checkpoint on a model hub, ``OWNER/NAME`` or ``OWNER/NAME@REVISION`` (extra ``hub``).
+        path_or_id: a name of `names()`, or a checkpoint folder (InternVL in its original or -hf layout, a PVC, a
+            language model alone of a family that InternVL builds on, or a chiasm-mini of one's own training), or the
+            id of such a checkpoint on a model hub, ``OWNER/NAME`` or ``OWNER/NAME@REVISION`` (extra ``hub``).
         dtype: "float32", "bfloat16", "float16", "auto", a torch dtype, or None for what is stored (float16 in the place
             of bfloat16 on a GPU without it).
         device: "cpu", "cuda", "cuda:1", "mps"; None takes the first CUDA GPU where there is one. Several
@@ -70,7 +70,8 @@ def load(
         backend: "torch" (also None), or "openvino" (extra ``openvino``): graphs for the CPU, written once into the
             cache folder and compared with the PyTorch model before they are used.
         options: `template` and `system` override the checkpoint's own; fields of `TilePolicy` (`max_tiles=6`,
-            `resize="fast"`) override how pictures are cut.
+            `resize="fast"`) override how pictures are cut. A PVC also takes `repeats`, `anytime` and `views`
+            (`chiasm.systems.pvc.load.load_pvc`).
 
     Raises:
         CheckpointError: no such model, its files are incomplete or do not fit, or they cannot be downloaded.
@@ -85,7 +86,7 @@ def load(
         device = _openvino_device(device)
     loader = _loader(path_or_id, revision)
     # Both are checked before any file is read: a typing error should not cost a minute.
-    from chiasm.systems.internvl.load import resolve_dtype
+    from chiasm.model.loading import resolve_dtype
 
     resolve_dtype(dtype)
     if options.get("template") is not None:
@@ -163,8 +164,9 @@ def _loader(path_or_id: str | Path, revision: str | None) -> Callable[..., ChatM
 def _load_remote(repo: str, revision: str | None, **given: Any) -> ChatModel:
     """A checkpoint of a model hub, downloaded unless it is here already."""
     from chiasm.checkpoint.download import fetch
+    from chiasm.systems.pvc.load import OPTIONS
 
-    given = _checked(given, _tile_options())  # before gigabytes are fetched
+    given = _checked(given, _tile_options() | set(OPTIONS))  # before gigabytes are fetched
     fetched = fetch(repo, revision)
     try:
         model = _load_folder(fetched.folder, **given)
@@ -177,8 +179,13 @@ def _load_remote(repo: str, revision: str | None, **given: Any) -> ChatModel:
 
 def _load_folder(folder: Path, **given: Any) -> ChatModel:
     """A checkpoint folder of any kind; the bundled model's own kind says so in its config."""
-    if model_type(folder) == "chiasm-mini":
+    kind = model_type(folder)
+    if kind == "chiasm-mini":
         return _load_mini(folder=folder, **given)
+    if kind == "pvc_internvl":
+        from chiasm.systems.pvc.load import OPTIONS, load_pvc
+
+        return load_pvc(folder, **_checked(given, _tile_options() | set(OPTIONS)))
     from chiasm.systems.internvl.load import load_folder
 
     return load_folder(folder, **_checked(given, _tile_options()))

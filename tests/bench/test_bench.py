@@ -70,6 +70,19 @@ def test_attention_measures_every_way(script) -> None:
     assert all(float(row["note"].split()[1].strip("%,")) < 1.5 for row in rows)
 
 
+def test_pvc_speed_measures_repeats_context_and_stream(script) -> None:
+    pvc = script("pvc_speed")
+    rows = pvc.measure(toy=True)["rows"]
+    assert len(rows) == 2 * len(pvc.LIMITS) + 2
+    *times, context, stream = rows
+    for row in times:
+        assert row["ratio"] == pytest.approx(row["peer"]["median"] / row["ours"]["median"])
+        assert "the time" in row["note"]
+    assert (context["peer"]["median"], context["ours"]["median"], context["ok"]) == (64 * 256, 64 * 64, True)
+    assert stream["unit"] == "MB"
+    assert stream["note"].startswith("drift ")
+
+
 def test_batching_measures_three_ways_to_the_same_answers(script) -> None:
     """In fp32 all three write the same tokens; what is counted are those that were asked for."""
     import torch

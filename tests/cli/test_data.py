@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from tests.cli.conftest import Run
 from tests.data.lint_zoo import GOOD, row, write_pictures
 
@@ -117,6 +118,37 @@ def test_stats(run: Run, root: Path, tiny: Path, tmp_path: Path) -> None:
     assert plot.stat().st_size > 5000
     none = run("data", "stats", write(tmp_path / "none.jsonl", BAD[:1]), "--model", tiny)
     assert "chiasm data lint says why" in none.out
+
+
+def test_videos_and_repeats(run: Run, root: Path, tiny: Path, tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (60, 30), (10 * n, 0, 0)) for n in range(12)]
+    frames[0].save(root / "film.gif", save_all=True, append_images=frames[1:], duration=100)
+    said = row("<video>\nWhat happens?", "It changes.")["conversations"]
+    path = write(tmp_path / "video.jsonl", [{"video": "film.gif", "conversations": said}, *GOOD[:1]])
+    words = ("--root", root, "--model", tiny)
+
+    def stats(*more: object) -> dict:
+        return json.loads(run("data", "stats", path, *words, "--json", *more).out)["all"]
+
+    plain, often = stats(), stats("--repeats", 4)
+    assert often["parts"]["image"] == 4 * plain["parts"]["image"] > 0
+    assert often["parts"]["video"] == plain["parts"]["video"]
+    assert (plain["frames"]["max"], plain["videos"]["n"]) == (8, 1)
+    assert stats("--frames", "12")["frames"]["max"] == 12
+    assert 2 <= stats("--frames", "2,5")["frames"]["max"] <= 5
+    assert stats("--frame-tiles", 2)["parts"]["video"] > plain["parts"]["video"]
+    shown = run("data", "stats", path, *words, "--repeats", 4).out
+    assert "encoded 4 times), a frame " in shown
+    assert "frames of a row with videos: median 8" in shown
+    # The longest that training may draw must fit.
+    low = run("data", "lint", path, *words, "--frames", "1,2", "--max-length", 150)
+    high = run("data", "lint", path, *words, "--frames", "1,12", "--max-length", 150)
+    assert (low.code, high.code) == (0, 1), (low.out, high.out)
+    assert "C401" in high.out
+    for wrong, said_so in (("x", "write a number, or two as 16,96"), ("9,3", "is above max_frames 3")):
+        ran = run("data", "stats", path, *words, "--frames", wrong)
+        assert ran.code == 2
+        assert said_so in ran.err
 
 
 def test_limits(run: Run, root: Path, tiny: Path) -> None:

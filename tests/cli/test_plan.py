@@ -269,3 +269,33 @@ def test_assumed_counts_are_near_real_ones() -> None:
     real, assumed = Tokenizer.from_file(smollm2_folder()), AssumedTokenizer()
     text = "Describe the picture in two sentences, then list every object that stands on the table in 1998."
     assert len(assumed.encode(text)) == pytest.approx(len(real.encode(text)), rel=0.25)
+
+
+def test_repeats_and_tiles_of_frames_are_counted(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a layout that repeats, as the layout itself counts; without a file of any kind."""
+    from dataclasses import replace
+
+    from chiasm.systems.internvl import mini
+
+    config, spec = mini.outline_mini(None)
+    tiles = replace(spec.tiles, dynamic=True, max_tiles=6)
+    once = replace(spec, tiles=tiles)
+    many = replace(once, repeats=3, frame_tiles=4, video_repeats=2)
+    words = ("chiasm-mini", "--image", "300x200", "--frames", 5)
+    monkeypatch.setattr(mini, "outline_mini", lambda folder: (config, once))
+    plain = plan(run, *words)
+    monkeypatch.setattr(mini, "outline_mini", lambda folder: (config, many))
+    found = plan(run, *words)
+    K, (count,) = spec.tokens_per_tile, tiles.counts([(300, 200)])
+    frame_tiles = tiles.count(1280, 720, 4)
+    assert min(count, frame_tiles) > 1
+    assert found["tokens"]["pictures"] == 3 * K * count == 3 * plain["tokens"]["pictures"]
+    assert plain["tokens"]["video"] == 5 * K
+    assert found["tokens"]["video"] == 2 * K * 5 * frame_tiles
+    assert found["tokens"]["template"] == plain["tokens"]["template"]
+    assert found["frame_tiles"] == [frame_tiles]
+    assert "frames of 1280x720 pixels are assumed" in found["notes"]
+    assert "frames of 1280x720 pixels are assumed" not in plain["notes"]
+    shown = run("plan", *words).out
+    assert f"tiles {count} · repeats 3 · {K}" in shown
+    assert f"{frame_tiles} tiles a frame" in shown

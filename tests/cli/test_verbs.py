@@ -30,6 +30,17 @@ def test_names_that_no_folder_can_have_are_nothing(run) -> None:
         assert "nothing is called" in ran.error_line
 
 
+def test_a_folder_may_be_called_like_a_system(run, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("pvc", "internvl"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+        for verb in ("show", "plan"):
+            assert "has no recipe" not in run(verb, name).error_line
+    assert run("show", "pvc/debug").code == 0
+    assert "has no recipe 'none'" in run("show", "pvc/none").error_line
+
+
 def test_list_names_everything(run: Run) -> None:
     found = json.loads(run("list", "--json").out)
     assert list(found) == list(SECTIONS)

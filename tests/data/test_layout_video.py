@@ -66,7 +66,7 @@ def test_one_video_by_hand(clip: Path) -> None:
     assert [number(i) for i in frames.images] == [12, 36]
     batch = made.media["video"]
     assert torch.equal(batch.data, torch.cat([spec.tiles.tile(i, 1) for i in frames.images]))
-    assert batch.times_N.dtype == torch.float32
+    assert batch.times_N.dtype == torch.float64
     assert batch.times_N.tolist() == pytest.approx([1.2, 3.6])
     assert [(s.media, s.length, s.first, s.items, s.group) for s in made.spans] == [
         ("video", ROWS, 0, 1, 0),

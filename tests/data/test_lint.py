@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import random
+import re
 import threading
 from itertools import pairwise
 from pathlib import Path
@@ -31,6 +32,7 @@ from chiasm.data.lint.sample import Reader, picture_hash
 from chiasm.data.lint.sets import DigestTable, Seen, script_of
 from chiasm.data.lint.text import markers_of
 from chiasm.errors import ChiasmError, ConfigError
+from chiasm.media.frames import FrameSampling
 from chiasm.text.templates import TEMPLATES
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
@@ -228,6 +230,63 @@ def test_videos_are_counted_by_their_frames(root: Path) -> None:
     assert sample.frames == len(sequence.media["video"].data)
     assert sample.tokens == len(sequence.ids_T)
     assert run(Case(rows=[made]), root).as_dict()["rules"] == {}
+
+
+def test_repeats_and_tiles_of_frames_are_counted_as_laid_out(root: Path) -> None:
+    frames = [picture(n, 56, 28) for n in range(5)]
+    frames[0].save(root / "wide.gif", save_all=True, append_images=frames[1:], duration=100)
+    made = {
+        "video": "wide.gif",
+        "conversations": row("<video>\nWhat happens?", "It changes.")["conversations"],
+    }
+    for changes in (
+        {"repeats": 4},
+        {"frame_tiles": 2},
+        {"repeats": 3, "frame_tiles": 2, "video_repeats": 2, "sampling": FrameSampling(frames=3)},
+    ):
+        spec = spec_of(**changes)
+        dataset = Rows([made, *GOOD], root)
+        for n in range(len(dataset)):
+            sample = Reader(spec).read(dataset, n)
+            sequence = layout(dataset.record(n), spec, train=True)
+            assert sample.tokens == len(sequence.ids_T)
+            for medium in ("image", "video"):
+                rows = sum(span.length for span in sequence.spans_of(medium))
+                tiles = len(sequence.media[medium]) if medium in sequence.media else 0
+                assert sample.parts[medium] == rows
+                assert {"image": sum(sample.tiles), "video": sample.frame_tiles}[medium] == tiles
+        report = lint([Source(name="train", dataset=dataset)], spec, LintOptions())
+        stats = report.stats["train"]
+        assert stats.frames.total == (3 if "sampling" in changes else 5)
+        assert stats.videos.total == 1
+        assert stats.shown.total == stats.parts["image"] + stats.parts["video"]
+        assert not report.found
+
+
+def test_a_long_video_is_told_how_many_frames_fit(root: Path) -> None:
+    frames = [picture(n, 40, 30) for n in range(20)]
+    frames[0].save(root / "long.gif", save_all=True, append_images=frames[1:], duration=100)
+    made = {
+        "video": "long.gif",
+        "conversations": row("<video>\nWhat happens?", "It changes.")["conversations"],
+    }
+    dataset = Rows([made], root)
+    every = FrameSampling(frames=20)
+    tokens = Reader(spec_of(sampling=every)).read(dataset, 0).tokens
+    report = lint(
+        [Source(name="train", dataset=dataset)],
+        spec_of(sampling=every, max_length=tokens - 10),
+        LintOptions(),
+    )
+    (found,) = report.examples["C401"]
+    fits = int(re.search(r"it fits with (\d+) frames in all instead of 20", found.message)[1])
+    assert fits == 17
+    fewer = spec_of(sampling=FrameSampling(frames=fits), max_length=tokens - 10)
+    assert len(layout(dataset.record(0), fewer, train=True)) <= tokens - 10
+    beyond = lint(
+        [Source(name="train", dataset=dataset)], spec_of(sampling=every, max_frames=19), LintOptions()
+    )
+    assert "20 frames are taken but the model looks at 19 at most" in beyond.examples["C008"][0].message
 
 
 def test_a_video_without_pyav_is_a_note(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -262,12 +262,23 @@ def test_a_clip_that_is_taken_away_stays_away():
     assert to_row(from_row(pictured)) == pictured
 
 
+def test_a_folder_of_frames_has_a_rate():
+    given = row("What happens?", "Rain.", video="frames", clip=[1, 2], folder_fps=3)
+    made = from_row(given)
+    assert made.turns[0].parts[0] == Part("video", "frames", {"clip": [1, 2], "folder_fps": 3})
+    assert made.extra == {}
+    assert to_row(made) == given
+    pictured = row("<image>Q", "A", image="a.png", folder_fps=3)
+    assert from_row(pictured).extra == {"folder_fps": 3}
+    assert to_row(from_row(pictured)) == pictured
+
+
 def test_the_sampling_of_a_video():
     item = {"type": "video", "video": "a.mp4", "clip": [2, 8], "frames": 16, "other": 1}
     (turn,) = parse_messages({"role": "user", "content": [item]})
     assert turn.parts == (Part("video", "a.mp4", {"frames": 16, "clip": [2, 8]}),)
     assert to_row([Turn("user", (Part("video", "a.mp4", {"clip": (2, 8)}), text("Q")))])["clip"] == [2, 8]
-    with pytest.raises(DataError, match="a row holds the clip of a video, no other sampling"):
+    with pytest.raises(DataError, match="a row holds the clip and folder_fps of a video, no other sampling"):
         to_row([turn])
     with pytest.raises(DataError, match="unknown field 'best' of a video's sampling: use mode, frames"):
         Part("video", "a.mp4", {"best": 1})

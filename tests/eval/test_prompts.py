@@ -21,6 +21,8 @@ PINNED: dict[str, tuple[int, str]] = {
     "caption": (1, "73e2d401634e"),
     "grounding": (1, "7d191c71d717"),
     "mvbench": (1, "0eefe08d4024"),
+    "choice_subtitles": (1, "515252f98589"),
+    "cot_choice_subtitles": (1, "ea6445611180"),
     "choice_vision": (1, "f6bff7f5e9e7"),
     "cot_choice": (1, "fcaca6e590e1"),
     "cot_short": (1, "413dda099387"),

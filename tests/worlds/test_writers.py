@@ -66,7 +66,9 @@ def test_clips(tmp_path, kind):
     for index, row in enumerate(rows):
         sample = world.sample(index)
         assert from_row(row).turns[0].text == f"<video>\n{sample.question}"
-        video = open_video(str(tmp_path / row["video"]), folder_fps=sample.fps)
+        (part,) = from_row(row).turns[0].of_kind("video")
+        assert part.sampling == ({"folder_fps": sample.fps} if kind == "frames" else {})
+        video = open_video(str(tmp_path / row["video"]), **part.sampling)
         read = [(np.asarray(frame).astype(int), time) for frame, time in video.each(list(range(len(video))))]
         video.close()
         assert len(read) == 8 or kind == "gif"

@@ -9,7 +9,7 @@ Legend: V rows of the vocabulary, C width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from chiasm.checkpoint.adapters import TableAdapter, adapter_for, entries, open_checkpoint
+from chiasm.checkpoint.adapters import Entry, TableAdapter, adapter_for, entries, open_checkpoint
 from chiasm.checkpoint.config import InternVLPublicConfig
 from chiasm.checkpoint.edit import Draft, drawn_projector
 from chiasm.checkpoint.store import CheckpointReader
@@ -28,7 +28,7 @@ from chiasm.parts.vision.internvit import InternViTConfig
 from chiasm.text.templates import get_template
 from chiasm.text.tokenizer import Tokenizer
 
-__all__ = ["VISION", "Encoder", "compose", "open_encoder", "with_encoder", "with_trained"]
+__all__ = ["VISION", "Encoder", "compose", "open_encoder", "trained_tensors", "with_encoder", "with_trained"]
 
 VISION = "embedder.vision."
 _WORDS, _HEAD = "embedder.words.weight", "head.weight"
@@ -232,22 +232,32 @@ def _size(c: InternViTConfig) -> str:
 
 
 def with_trained(draft: Draft, weights: Mapping[str, Tensor], *, scales: Mapping[str, float]) -> Draft:
-    """The model after training: trained tensors in place of its own, adapters merged (summed in fp32, rounded once).
+    """The model after training: trained tensors in place of its own, adapters merged; see `trained_tensors`."""
+    plan = entries(
+        language=draft.language, vision=draft.vision, downsample_ratio=draft.public.downsample_ratio
+    )
+    return replace(draft, tensors=trained_tensors(draft.tensors, plan, weights, scales=scales))
+
+
+def trained_tensors(
+    tensors: Iterator[tuple[str, Tensor]],
+    parameters: Iterable[Entry],
+    weights: Mapping[str, Tensor],
+    *,
+    scales: Mapping[str, float],
+) -> Iterator[tuple[str, Tensor]]:
+    """Trained tensors in the place of those that training began with, adapters merged (summed in fp32, rounded once).
 
     Args:
-        draft: the model that training began with.
+        tensors: native tensors that training began with.
+        parameters: those of the model.
         weights: native name -> tensor; ``….lora_A`` and ``….lora_B`` beside the layer that they adapt.
         scales: alpha / rank of the adapters below ``trunk.`` and ``embedder.vision.``.
 
     Raises:
         CheckpointError: a weight has no place in the model or another shape.
     """
-    plan = {
-        entry.native: entry
-        for entry in entries(
-            language=draft.language, vision=draft.vision, downsample_ratio=draft.public.downsample_ratio
-        )
-    }
+    plan = {entry.native: entry for entry in parameters}
     pairs = {name.removesuffix(".lora_A") for name in weights if name.endswith(".lora_A")}
     direct = {name for name in weights if not name.endswith((".lora_A", ".lora_B"))}
     if _HEAD in direct and _HEAD not in plan:  # tied words: one parameter under the word table's name
@@ -260,8 +270,8 @@ def with_trained(draft: Draft, weights: Mapping[str, Tensor], *, scales: Mapping
                 f"the trained weight {name} is {tuple(weights[name].shape)}, the model has {plan[name].shape}"
             )
 
-    def tensors() -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in draft.tensors:
+    def merged() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in tensors:
             path = name.removesuffix(".weight")
             if name in direct:
                 tensor = weights[name].to(tensor.dtype)
@@ -274,4 +284,4 @@ def with_trained(draft: Draft, weights: Mapping[str, Tensor], *, scales: Mapping
                 tensor = (tensor.float() + scale * delta).to(tensor.dtype)
             yield name, tensor
 
-    return replace(draft, tensors=tensors())
+    return merged()

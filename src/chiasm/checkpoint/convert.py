@@ -47,6 +47,7 @@ __all__ = [
     "ConvertReport",
     "Target",
     "added_tokens",
+    "companion_files",
     "completed",
     "convert",
     "convert_draft",
@@ -349,6 +350,19 @@ def _fast_folder(made: Path, words: Path) -> Path:
         return words
     Tokenizer.from_file(words).save(made)
     return made
+
+
+def companion_files(opened: OpenedCheckpoint, public: InternVLPublicConfig) -> dict[str, str | bytes | Path]:
+    """All files of a checkpoint but weights and config, as the original layout has them; for models built on one.
+
+    Remote code is not among them: it would be that of another model.
+
+    Raises:
+        UsageError: it is a language model alone.
+    """
+    folder = opened.reader.folder
+    files = _files(opened, public, "original", folder, folder)
+    return {name: content for name, content in files.items() if not name.endswith(".py")}
 
 
 def _files(

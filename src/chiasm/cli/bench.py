@@ -129,6 +129,8 @@ def bench_table(results: Mapping[str, Any]) -> str:
                     str(result["cut"]) if n == 0 else "",
                 ]
             )
+        if shown_as := _how_videos(result["manifest"]):
+            lines.append(shown_as)
         if result["with_chance"] is not None and result["unparsed"]:
             lines.append(f"if unparsed replies were guessed: {100 * result['with_chance']:.2f} on average")
         for name, value in result["extra"].get("captions", {}).items():
@@ -144,6 +146,27 @@ def bench_table(results: Mapping[str, Any]) -> str:
     widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
     shown = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join(shown + lines)
+
+
+def _how_videos(manifest: Mapping[str, Any]) -> str:
+    """One line on how videos were looked at; "" for pictures and for results that do not say it."""
+    facts = manifest.get("video") or {}
+    if not facts:
+        return ""
+    frames = manifest.get("frames")
+    said = "videos: " + (
+        "frames as the model takes them"
+        if frames is None
+        else f"{frames} frames each (fewer of a shorter one)"
+    )
+    said += f", sampling {facts['sampling']}" + (f" ({facts['formula']})" if "formula" in facts else "")
+    if "tiles_per_frame" in facts:
+        tiles = facts["tiles_per_frame"]
+        said += f", {tiles} tile{'' if tiles == 'one' else 's'} of {facts['tokens_per_tile']} tokens a frame"
+    if subtitles := facts.get("subtitles"):
+        missing = f" ({subtitles['without']} videos have none)" if subtitles["without"] else ""
+        said += f", with the subtitles of these frames{missing}"
+    return said
 
 
 def compare_command(ours: Path, theirs: Path, vary: Sequence[str]) -> dict[str, Any]:

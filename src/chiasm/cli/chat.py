@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from chiasm.cli.shown import close_videos, message, open_media, sampling_fields, take_frames
+from chiasm.cli.shown import close_videos, message, open_media, parse_clip, sampling_fields, take_frames
 from chiasm.cli.terminal import note, plain_text, waiting
 from chiasm.errors import DataError, ImageError, UsageError
 
@@ -129,6 +129,23 @@ def chat_command(
         float | None,
         typer.Option(metavar="RATE", help="Frames a second (1 with --sampling fps, which this implies)."),
     ] = None,
+    stream_video: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Answer while this video is being read, frame by frame (a PVC): --fps frames a second (1), of which "
+            "at most --frames (48) are shown. Without a question, lines of stdin are: @SECONDS QUESTION.",
+        ),
+    ] = None,
+    every: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS", help="With --stream-video: ask the question so often, not only at the end."
+        ),
+    ] = None,
+    realtime: Annotated[
+        bool, typer.Option("--realtime", help="With --stream-video: read no faster than it would be shown.")
+    ] = False,
     clip: Annotated[
         str | None, typer.Option(metavar="START:END", help="The part of each video in seconds, as 2:8.")
     ] = None,
@@ -167,11 +184,18 @@ def chat_command(
     chiasm chat photo.jpg "What is this?" prints the answer; chiasm chat clip.mp4 "What happens?" shows frames of a
     video. Several of both are fine, and a folder of pictures is a video. So is an animated GIF, WebP or PNG file,
     where an option about frames is given; otherwise its first frame is shown. Without a question, a conversation
-    begins: /image FILE and /video FILE show something, /reset forgets everything, /quit ends.
+    begins: /image FILE and /video FILE show something, /reset forgets everything, /quit ends. A PVC answers while it
+    reads a video: chiasm chat --model FOLDER --stream-video clip.mp4 --every 5 "What happens?".
     """
     given, question = split_words(words or [])
+    if stream_video is None and (every is not None or realtime):
+        raise UsageError("--every and --realtime belong to --stream-video")
+    if stream_video is not None and (given or draw is not None or sampling is not None or stream):
+        raise UsageError(
+            "--stream-video shows that video alone: leave out other pictures, --draw, --sampling and --stream"
+        )
     interactive = question is None and sys.stdin.isatty()
-    if question is None and not interactive:
+    if question is None and not interactive and stream_video is None:
         question = read_question()
     _check_draw(draw, given, interactive)
     if stream and as_json:
@@ -188,6 +212,34 @@ def chat_command(
         "stop": tuple(stop or ()),
     }
     mode = None if tile_mode is None else tile_mode.value
+    wanted: dict[str, Any] = {
+        "revision": revision,
+        "dtype": dtype,
+        "device": device,
+        "quantize": quantize,
+        "backend": backend,
+        "deterministic": deterministic,
+        "system": system,
+        "template": template,
+        "max_tiles": max_tiles,
+        "mode": mode,
+    }
+    if stream_video is not None:
+        from chiasm.cli.watch import watch
+
+        watch(
+            load_model(model, options, **wanted),
+            stream_video,
+            question,
+            options,
+            every=every,
+            fps=1.0 if fps is None else fps,
+            frames=frames,
+            clip=None if clip is None else parse_clip(clip),
+            realtime=realtime,
+            as_json=as_json,
+        )
+        return
     fields = sampling_fields(
         frames=frames, mode=None if sampling is None else sampling.value, fps=fps, clip=clip, seed=seed
     )
@@ -195,20 +247,7 @@ def chat_command(
     opened = open_media(given, orient=mode in (None, "chiasm"), animations=bool(fields))
     try:
         _check_films(opened, fields, draw, interactive)
-        chosen = load_model(
-            model,
-            options,
-            revision=revision,
-            dtype=dtype,
-            device=device,
-            quantize=quantize,
-            backend=backend,
-            deterministic=deterministic,
-            system=system,
-            template=template,
-            max_tiles=max_tiles,
-            mode=mode,
-        )
+        chosen = load_model(model, options, **wanted)
         shown = take_frames(opened, chosen, fields, question=question or "")
     finally:
         close_videos(opened)

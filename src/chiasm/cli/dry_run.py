@@ -111,14 +111,15 @@ def _planned(
 
 
 def _counted(recipe: Recipe) -> dict[str, Any]:
-    """A model that tells no sizes is built and counted."""
+    """A model that tells no sizes is built, without weights where it can be (`blank`), and counted."""
     from torch import nn
 
     from chiasm.train.optim import trainable
     from chiasm.train.prepare import prepare
 
+    blank = getattr(recipe.model, "blank", None)
     try:
-        model = prepare(recipe.model.build(), recipe)
+        model = prepare(recipe.model.build() if blank is None else blank(), recipe)
         # Patterns for what the objective trains beside the model match nothing here.
         own = {
             name: tuple(p for p in getattr(recipe.optim, name) if not p.startswith("objective"))

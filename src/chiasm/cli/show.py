@@ -49,11 +49,11 @@ def describe(name: str, overrides: tuple[str, ...] = ()) -> dict[str, Any]:
         UsageError: nothing has this name.
         CheckpointError: a folder that cannot be understood, or a model that is not installed.
     """
-    from chiasm.cli.train import RECIPE_HOMES
+    from chiasm.cli.train import is_recipe
     from chiasm.hub import existing
     from chiasm.text.templates import TEMPLATES
 
-    if ".py:" in name or name.partition("/")[0] in RECIPE_HOMES:
+    if is_recipe(name):
         return _recipe(name, overrides)
     if overrides:
         raise UsageError(f"--set is for recipes; {name} is none")
@@ -135,6 +135,8 @@ def _folder(folder: Path) -> dict[str, Any]:
 
     if folder.is_dir() and model_type(folder) == "chiasm-mini":
         return {"name": folder.name, **_bundle(folder)}
+    if folder.is_dir() and model_type(folder) == "pvc_internvl":
+        return _pvc(folder)
     opened = open_checkpoint(folder)
     with opened.reader as reader:
         opened.adapter.check(reader)
@@ -166,6 +168,39 @@ def _folder(folder: Path) -> dict[str, Any]:
         "unshuffle": config.unshuffle,
         "template": config.template,
         "tiles": _fields(config.tiles),
+    }
+
+
+def _pvc(folder: Path) -> dict[str, Any]:
+    """Sizes and settings of a PVC folder."""
+    from chiasm.checkpoint.adapters import count_by_part
+    from chiasm.systems.pvc.convert import open_pvc
+
+    opened = open_pvc(folder)
+    with opened.reader as reader:
+        opened.adapter.check(reader)
+        counts = count_by_part((entry.native, math.prod(entry.shape)) for entry in opened.adapter.plan)
+        types = sorted({str(reader.dtype(key)).removeprefix("torch.") for key in reader})
+        size = sum(reader.nbytes(key) for key in reader)
+    c = opened.config
+    return {
+        "name": folder.resolve().name,
+        "kind": "model",
+        "layout": "pvc",
+        "family": f"PVC on {c.language.family}",
+        "parameters": counts | {"total": sum(counts.values())},
+        "stored_as": ", ".join(types),
+        "bytes": size,
+        "language": _fields(c.language),
+        "vision": _fields(c.vision),
+        "temporal": _fields(c.temporal),
+        "tokens_per_tile": c.tokens_per_tile,
+        "repeats": c.repeats,
+        "repeat_order": c.repeat_order,
+        "frame_tiles": c.frame_tiles,
+        "views": c.views,
+        "template": c.template,
+        "tiles": _fields(c.tiles),
     }
 
 

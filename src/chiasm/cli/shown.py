@@ -125,8 +125,14 @@ def take_frames(
         if isinstance(medium, Video)
     }
     if plans:
-        counts = [len(frames) for frames in before if isinstance(frames, Frames)]
-        counts += map(len, plans.values())
+        spec = model.spec
+        counts: list[Any] = [
+            spec.shot(len(frames), frames.images[0].size) for frames in before if isinstance(frames, Frames)
+        ]
+        counts += [
+            (len(plan), 1) if spec.frame_tiles == 1 else spec.shot(len(plan), opened[n].size)
+            for n, plan in plans.items()
+        ]
         check_length(message(question, [*before, *opened]), model.spec, frames=counts)
     taken: list[Image | Frames] = []
     for n, medium in enumerate(opened):

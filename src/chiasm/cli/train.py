@@ -25,10 +25,23 @@ from chiasm.errors import ChiasmError, UsageError
 if TYPE_CHECKING:
     from chiasm.train.recipe import Recipe
 
-__all__ = ["RECIPE_HOMES", "find_recipe", "train", "train_command"]
+__all__ = ["RECIPE_HOMES", "find_recipe", "is_recipe", "train", "train_command"]
 
-RECIPE_HOMES = {"internvl": "chiasm.systems.internvl.recipes"}
+RECIPE_HOMES = {
+    "internvl": "chiasm.systems.internvl.recipes",
+    "pvc": "chiasm.systems.pvc.recipes",
+}
 """System -> module whose ``__all__`` names its recipe functions."""
+
+
+def is_recipe(name: str) -> bool:
+    """Whether a name is to be a recipe's; a checkpoint folder that is called like a system is none."""
+    from chiasm.hub import existing
+
+    if ".py:" in name:
+        return True
+    folder = existing(name)
+    return name.partition("/")[0] in RECIPE_HOMES and not (folder and (folder / "config.json").is_file())
 
 
 def find_recipe(reference: str) -> Callable[[], Recipe]:

@@ -1,15 +1,20 @@
 """Layout: from messages to the Sequence that a model reads.
 
-Source: fact sheet InternVL 2.5, sections 2.9 (templates, image expansion, label masks) and 3.3 (tile budget).
+Source: fact sheet InternVL 2.5, sections 2.9 (templates, image expansion, label masks) and 3.3 (tile budget); fact
+sheet PVC, section 2.1 (repeats).
 
 Every picture becomes `<img>`, then K rows of `<IMG_CONTEXT>` for each of its tiles (row by row, thumbnail last), then
 `</img>`. Only the context rows stand for media (`kind_T == IMAGE`); an embedder overwrites them. One function lays
 out training and inference, so the text that a model is asked is the text that it was taught.
 
+A model that encodes a still picture as a short video of equal frames (PVC) takes R * K rows a tile
+(`LayoutSpec.repeats`). The tiles lie in the media once, the picture stays one Span, which says how often (`repeats`).
+
 A video becomes its sampled frames, each a picture of one tile with a tag of its own ("Frame1: ", spelled as
 `LayoutSpec.frame_tags` says), numbered anew in every video. Frames are media of their own, media["video"] with the
 time of each, `kind_T == VIDEO`, one Span a frame; the spans of one video have one `group`. They take no part in the
-tile budget of the pictures.
+tile budget of the pictures. With `LayoutSpec.frame_tiles` a frame has up to so many tiles, cut by the same policy; the
+size of the first frame decides for the whole video, and a video that changes its size is refused.
 
 Rules
 - The texts of a conversation must not spell `<img>`, `</img>` or `<IMG_CONTEXT>`, in any turn: such rows would claim
@@ -23,7 +28,8 @@ Training asks for more than inference, sample by sample: another tile limit (`ma
 for frames that are drawn at random, and a change of the cut tiles (`augment`, JPEG). They are arguments, not fields of
 the spec: one spec serves all samples. `measure` takes the first two, so that it counts what will be laid out.
 
-Legend: T rows, K rows a tile, N tiles of all pictures, F frames of all videos, S side of a tile in pixels.
+Legend: T rows, K rows a tile, R repeats, N tiles of all pictures, F tiles of all frames of all videos, S side of a
+tile in pixels.
 """
 
 from __future__ import annotations
@@ -31,34 +37,34 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from PIL.Image import Image
 from torch import Tensor
 
+from chiasm.data.layout_spec import LayoutSpec, RepeatOrder, Shot
 from chiasm.data.message import Part, Turn, parse_messages, spell_turn
 from chiasm.data.sequence import IMAGE, TEXT, VIDEO, MediaBatch, Sequence, Span
-from chiasm.errors import ConfigError, ContextOverflowError, DataError, TemplateError
-from chiasm.media.frames import FrameSampling
+from chiasm.errors import ConfigError, ContextOverflowError, DataError, ImageError, TemplateError
 from chiasm.media.image import open_image
 from chiasm.media.size import image_size
-from chiasm.media.tiles import TilePolicy
 from chiasm.media.video import Video, open_video
-from chiasm.nn.losses import Count, token_weights
+from chiasm.nn.losses import token_weights
 from chiasm.text.labels import encode_pieces, official_labels, shift
-from chiasm.text.templates import FrameTags, Piece, Template, get_frame_tags, get_template, join
-from chiasm.text.tokenizer import Tokenizer
+from chiasm.text.templates import Piece, join
 
 __all__ = [
     "Augment",
     "Block",
     "LayoutSpec",
     "Measure",
+    "RepeatOrder",
+    "Shot",
     "check_length",
+    "count_shots",
     "count_tokens",
     "layout",
     "measure",
@@ -68,119 +74,6 @@ __all__ = [
 
 Augment = Callable[[Tensor], Tensor]
 """The uint8 tiles (N, 3, S, S) of one picture or one frame -> the same shape, changed."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LayoutSpec:
-    """All that decides how messages become rows.
-
-    Attributes:
-        tokenizer: must know the three image tokens as soon as there is a picture.
-        template: a `Template` or its name.
-        tiles: how a picture becomes tiles; its budget is shared by the pictures of a conversation.
-        tokens_per_tile: K, rows that one tile takes.
-        image_start, image_end, image_context: the image tokens.
-        max_length: longest allowed T; None for no limit.
-        system: system message instead of the template's; "" for none. A system turn wins over it.
-        loss_power: p of the loss weight x^-p of every learned row, x the number of learned rows of the sample
-            (0 weighs tokens equally, 1 samples, 0.5 is the square-root compromise of InternVL 2.5).
-        loss_count: what x counts: the learned rows of the whole "sample" (as the released code) or of the "response"
-            that a row is part of (as the paper says). They differ where a conversation has several answers.
-        sampling: which frames of a video are taken, unless its part says so itself. Default: 8 frames by the formula
-            of the template's source (transformers' with `frames="hf"` there, else the release's).
-        frame_tags: how frames are spelled, "docs", "hf" or "training" (`chiasm.text.templates.FRAME_TAGS`). Default:
-            the template's own, which is "docs" for all but `internvl-hf`.
-    """
-
-    tokenizer: Tokenizer
-    template: Template
-    tiles: TilePolicy
-    tokens_per_tile: int
-    image_start: str = "<img>"
-    image_end: str = "</img>"
-    image_context: str = "<IMG_CONTEXT>"
-    max_length: int | None = None
-    system: str | None = None
-    loss_power: float = 0.5
-    loss_count: Count = "sample"
-    sampling: FrameSampling | None = None
-    frame_tags: str | None = None
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "template", get_template(self.template))
-        _ = self.frame_spelling
-        if self.tokens_per_tile < 1:
-            raise ConfigError(f"tokens_per_tile must be at least 1, found {self.tokens_per_tile}")
-        if self.max_length is not None and self.max_length < 1:
-            raise ConfigError(f"max_length must be at least 1 or None, found {self.max_length}")
-        if not 0 <= self.loss_power <= 1:
-            raise ConfigError(f"loss_power must lie in 0..1, found {self.loss_power}")
-        if self.loss_count not in get_args(Count):
-            raise ConfigError(f"loss_count is {self.loss_count!r}: use {' or '.join(get_args(Count))}")
-        if not all(self.image_tokens) or len(set(self.image_tokens)) < 3:
-            raise ConfigError("image_start, image_context and image_end must be three different tokens")
-
-    @property
-    def image_tokens(self) -> tuple[str, str, str]:
-        """Start, context and end token, in the order in which a picture has them."""
-        return self.image_start, self.image_context, self.image_end
-
-    @property
-    def frame_spelling(self) -> FrameTags:
-        """How frames are spelled; ConfigError for an unknown name."""
-        return get_frame_tags(self.frame_tags or self.template.frames)
-
-    def limited(self, max_tiles: int | None) -> LayoutSpec:
-        """The same rules with another limit of tiles; None leaves it."""
-        if max_tiles is None or max_tiles == self.tiles.max_tiles:
-            return self
-        return replace(self, tiles=_limited(self.tiles, max_tiles))
-
-    def frame_sampling(self, part: Part, seed: int | None = None) -> FrameSampling:
-        """Which frames of a video part are taken; ConfigError when its fields cannot be.
-
-        `seed` is that of frames drawn at random, where the part does not say one itself.
-        """
-        formula = "hf" if self.template.frames == "hf" else "original"
-        own = self.sampling or FrameSampling(formula=formula)
-        asked = dict(part.sampling)
-        if asked.get("fps") is not None:
-            asked.setdefault("mode", "fps")
-        if (
-            asked.get("mode", own.mode) != "fps"
-        ):  # then a rate is refused, but not for one of the layout's own
-            asked.setdefault("fps", None)
-        if seed is not None:
-            asked.setdefault("seed", seed)
-        return replace(own, **asked)
-
-    @property
-    def context_id(self) -> int:
-        """Id of the context token.
-
-        Raises TemplateError when an image token is missing from the vocabulary.
-        """
-        ids = {token: self.tokenizer.token_to_id(token) for token in self.image_tokens}
-        for token, index in ids.items():
-            if index is None:
-                raise TemplateError(
-                    f"this model reads no pictures (its tokenizer has no {token} token): leave them out or choose "
-                    "another model"
-                )
-        return ids[self.image_context]  # type: ignore[return-value]
-
-    @property
-    def bos_id(self) -> int | None:
-        """The begin token that comes first: the tokenizer's, if it puts one and the template follows it."""
-        if not self.template.bos:
-            return None
-        first = self.tokenizer.encode("", add_special_tokens=True)[:1]
-        return first[0] if first and first[0] == self.tokenizer.bos_id else None
-
-
-@lru_cache(maxsize=256)
-def _limited(policy: TilePolicy, max_tiles: int) -> TilePolicy:
-    return replace(policy, max_tiles=max_tiles, min_tiles=min(policy.min_tiles, max_tiles))
 
 
 Block = tuple[int, int, int]
@@ -193,7 +86,7 @@ class Measure:
 
     Attributes:
         tokens: T.
-        tiles: tiles of all pictures and frames of all videos.
+        tiles: tiles of all pictures and of all frames of all videos, each once however often it is encoded.
         learned: rows that carry a label.
         cuts: the blocks that must not be cut, in order; between them a document may be cut at any row.
         runs: (first, end) of every run of rows that carry labels, in order: one for each answer.
@@ -234,24 +127,36 @@ class _Films:
     videos: list[Video] = field(default_factory=list)
     plans: list[list[int]] = field(default_factory=list)
 
-    @property
-    def counts(self) -> list[int]:
-        """Frames of each video."""
-        return [len(plan) for plan in self.plans]
+    def shots(self, spec: LayoutSpec) -> list[Shot]:
+        """Frames of each video and tiles of each of them; a first frame is decoded where that decides."""
+        for video, plan in zip(self.videos, self.plans, strict=True):
+            _check_frames(len(plan), spec, video.name)
+        return [
+            (len(plan), 1) if spec.frame_tiles == 1 else spec.shot(len(plan), video.size)
+            for video, plan in zip(self.videos, self.plans, strict=True)
+        ]
 
-    def batch(self, tiles: TilePolicy, augment: Augment | None) -> tuple[MediaBatch, list[int]]:
-        """Decode: (F, 3, S, S) with times, and the number of the video that each frame is from.
+    def batch(self, spec: LayoutSpec, augment: Augment | None) -> tuple[MediaBatch, list[Shot]]:
+        """Decode: (F, 3, S, S) with times, and for each frame the number of its video and its tiles.
 
         One frame after the other is cut, so that no more than one is held in full size.
         """
         data: list[Tensor] = []
         times: list[float] = []
-        for video, plan in zip(self.videos, self.plans, strict=True):
+        places: list[tuple[int, int]] = []
+        for n, (video, plan) in enumerate(zip(self.videos, self.plans, strict=True)):
             for image, when in video.each(plan):
-                data.append(_augmented(tiles.tile(image, 1), augment))
-                times.append(when)
-        groups = [n for n, count in enumerate(self.counts) for _ in range(count)]
-        return MediaBatch(torch.cat(data), torch.tensor(times, dtype=torch.float32)), groups
+                if spec.frame_tiles > 1 and image.size != video.size:
+                    (width, height), (wide, high) = video.size, image.size
+                    raise ImageError(
+                        f"{video.name}: its frames have {width}x{height} pixels, but {wide}x{high} at {when:.2f} s: "
+                        "they cannot share one tiling; convert it to one size, or take one tile a frame"
+                    )
+                tiles_N3SS = _augmented(spec.tiles.tile(image, spec.frame_tiles), augment)
+                data.append(tiles_N3SS)
+                times += [when] * len(tiles_N3SS)
+                places.append((n, len(tiles_N3SS)))
+        return MediaBatch(torch.cat(data), torch.tensor(times, dtype=torch.float64)), places
 
 
 def layout(
@@ -282,7 +187,8 @@ def layout(
 
     Returns:
         A Sequence with media["image"] (N, 3, S, S) uint8 if there are pictures and media["video"] (F, 3, S, S) uint8
-        with times if there are videos; one Span a picture and one a frame, whose key is a hash of its tiles.
+        with times if there are videos; one Span a picture and one a frame, whose key is a hash of its tiles. Pictures
+        have group -1: each tile stands for itself. Tiles of one frame have one time.
 
     Raises:
         DataError: malformed messages, a reserved token in a text, parts that are no text or user's picture, or, in
@@ -291,7 +197,7 @@ def layout(
         ImageError: a picture or video cannot be read.
         ConfigError: a video part asks for frames in a way that cannot be.
         MissingExtraError: a video needs PyAV.
-        ContextOverflowError: T is above `max_length`.
+        ContextOverflowError: T is above `max_length`, or the frames of a video above `max_frames`.
     """
     turns, spec = parse_messages(messages), spec.limited(max_tiles)
     spans: list[Span] = []
@@ -300,29 +206,45 @@ def layout(
     counts = spec.tiles.counts(image.size for image in images)
     with ExitStack() as opened:
         films = _open_films(turns, spec, video_opener, opened, seed)
-        rows = _lay_rows(turns, spec, counts, films.counts, train, generate)
-        _check_length(rows, spec, counts, films.counts)
+        shots = films.shots(spec)
+        rows = _lay_rows(turns, spec, counts, shots, train, generate)
+        _check_length(rows, spec, counts, shots)
         if train:
             _check_learned(rows)
         if films.videos:
-            batch, groups = films.batch(spec.tiles, augment)
-            for n, (start, length) in enumerate(rows.places("video")):
-                key = _key(batch.data[n : n + 1])
+            batch, frames = films.batch(spec, augment)
+            first = 0
+            for (group, items), (start, length) in zip(frames, rows.places("video"), strict=True):
                 spans.append(
                     Span(
-                        media="video", start=start, length=length, first=n, items=1, key=key, group=groups[n]
+                        media="video",
+                        start=start,
+                        length=length,
+                        first=first,
+                        items=items,
+                        key=_key(batch.data[first : first + items]),
+                        group=group,
+                        repeats=spec.video_repeats,
                     )
                 )
+                first += items
             media["video"] = batch
     if images:
         limit = spec.tiles.budget(len(images))
         tiles = [_augmented(spec.tiles.tile(image, limit), augment) for image in images]
         firsts = accumulate((len(group) for group in tiles), initial=0)
         for group, first, (start, length) in zip(tiles, firsts, rows.places("image"), strict=False):
-            span = Span(
-                media="image", start=start, length=length, first=first, items=len(group), key=_key(group)
+            spans.append(
+                Span(
+                    media="image",
+                    start=start,
+                    length=length,
+                    first=first,
+                    items=len(group),
+                    key=_key(group),
+                    repeats=spec.repeats,
+                )
             )
-            spans.append(span)
         media["image"] = MediaBatch(torch.cat(tiles) if len(tiles) > 1 else tiles[0])
     T = len(rows.ids)
     kind_T = torch.full((T,), TEXT, dtype=torch.int8)
@@ -350,7 +272,7 @@ def count_tokens(
     spec: LayoutSpec,
     *,
     sizes: Iterable[tuple[int, int]] | None = None,
-    frames: Iterable[int] | None = None,
+    frames: Iterable[int | Shot] | None = None,
     train: bool = False,
     generate: bool | None = None,
     opener: Callable[..., Image] | None = None,
@@ -363,14 +285,15 @@ def count_tokens(
         spec: the rules.
         sizes: (width, height) in pixels of every picture in order, upright; default: read from the pictures' headers,
             or from the pictures as `opener` opens them.
-        frames: how many are taken of every video in order; default: from the videos' time stamps.
+        frames: how many are taken of every video in order, or (frames, tiles of a frame) where the spec allows
+            several; default: from the videos' time stamps and the size of their first frame.
         train: as in `layout`.
         generate: as in `layout`.
         opener: as in `layout`; pictures are decoded for it.
         video_opener: as in `layout`.
     """
     turns = parse_messages(messages)
-    counts, shots = _count_tiles(turns, spec, sizes, opener), _count_frames(turns, spec, frames, video_opener)
+    counts, shots = _count_tiles(turns, spec, sizes, opener), _count_shots(turns, spec, frames, video_opener)
     return len(_lay_rows(turns, spec, counts, shots, train, generate).ids)
 
 
@@ -379,7 +302,7 @@ def measure(
     spec: LayoutSpec,
     *,
     sizes: Iterable[tuple[int, int]] | None = None,
-    frames: Iterable[int] | None = None,
+    frames: Iterable[int | Shot] | None = None,
     train: bool = False,
     generate: bool | None = None,
     opener: Callable[..., Image] | None = None,
@@ -394,19 +317,18 @@ def measure(
     """
     turns, spec = parse_messages(messages), spec.limited(max_tiles)
     counts = _count_tiles(turns, spec, sizes, opener)
-    shots = _count_frames(turns, spec, frames, video_opener, seed)
+    shots = _count_shots(turns, spec, frames, video_opener, seed)
     rows = _lay_rows(turns, spec, counts, shots, train, generate)
     if train:
         _check_learned(rows)
     runs = _runs(rows.learned) if train else ()
-    left = iter(counts)
     cuts = tuple(
-        (start - 1, length + 2, next(left) if kind == "image" else 1)
+        (start - 1, length + 2, length // (spec.image_rows if kind == "image" else spec.frame_rows))
         for start, length, kind in zip(rows.starts, rows.lengths, rows.kinds, strict=True)
     )
     return Measure(
         tokens=len(rows.ids),
-        tiles=sum(counts) + sum(shots),
+        tiles=sum(tiles for *_, tiles in cuts),
         learned=sum(end - first for first, end in runs),
         cuts=cuts,
         runs=runs,
@@ -418,7 +340,7 @@ def check_length(
     spec: LayoutSpec,
     *,
     sizes: Iterable[tuple[int, int]] | None = None,
-    frames: Iterable[int] | None = None,
+    frames: Iterable[int | Shot] | None = None,
     train: bool = False,
     generate: bool | None = None,
     opener: Callable[..., Image] | None = None,
@@ -426,7 +348,7 @@ def check_length(
 ) -> None:
     """Raise the ContextOverflowError that `layout` would, without decoding; arguments as of `count_tokens`."""
     turns = parse_messages(messages)
-    counts, shots = _count_tiles(turns, spec, sizes, opener), _count_frames(turns, spec, frames, video_opener)
+    counts, shots = _count_tiles(turns, spec, sizes, opener), _count_shots(turns, spec, frames, video_opener)
     _check_length(_lay_rows(turns, spec, counts, shots, train, generate), spec, counts, shots)
 
 
@@ -434,7 +356,7 @@ def prompt_text(
     messages: Any,
     spec: LayoutSpec,
     *,
-    frames: Iterable[int] | None = None,
+    frames: Iterable[int | Shot] | None = None,
     train: bool = False,
     generate: bool | None = None,
     video_opener: Callable[..., Video] = open_video,
@@ -454,15 +376,29 @@ def prompt_pieces(
     messages: Any,
     spec: LayoutSpec,
     *,
-    frames: Iterable[int] | None = None,
+    frames: Iterable[int | Shot] | None = None,
     train: bool = False,
     generate: bool | None = None,
     video_opener: Callable[..., Video] = open_video,
 ) -> list[Piece]:
     """The text of `prompt_text` in the pieces that are tokenised apart, each with whether it is learned."""
     turns = parse_messages(messages)
-    shots = _count_frames(turns, spec, frames, video_opener)
+    shots = _count_shots(turns, spec, frames, video_opener)
     return _render(turns, spec, shots, train, generate)[0]
+
+
+def count_shots(
+    messages: Any,
+    spec: LayoutSpec,
+    *,
+    video_opener: Callable[..., Video] = open_video,
+    seed: int | None = None,
+) -> list[Shot]:
+    """(frames, tiles of a frame) that `layout` takes of every video, in order; also what `frames` may be elsewhere.
+
+    Nothing is decoded but, where the spec allows several tiles, the first frame of each.
+    """
+    return _count_shots(parse_messages(messages), spec, None, video_opener, seed)
 
 
 def _media(turns: list[Turn]) -> dict[str, list[Part]]:
@@ -549,31 +485,46 @@ def _count_tiles(
     return spec.tiles.counts(found)
 
 
-def _count_frames(
+def _count_shots(
     turns: list[Turn],
     spec: LayoutSpec,
-    given: Iterable[int] | None,
+    given: Iterable[int | Shot] | None,
     opener: Callable[..., Video],
     seed: int | None = None,
-) -> list[int]:
-    """Frames of each video, as told or as found."""
+) -> list[Shot]:
+    """Frames of each video and tiles of each of them, as told or as found."""
     if given is None:
         with ExitStack() as opened:
-            return _open_films(turns, spec, opener, opened, seed).counts
+            return _open_films(turns, spec, opener, opened, seed).shots(spec)
     found, videos = list(given), _media(turns)["video"]
     if len(found) != len(videos):
         raise DataError(f"{len(videos)} video(s) but {len(found)} number(s) of frames: give one each")
-    return found
+    if spec.frame_tiles > 1 and any(isinstance(shot, int) for shot in found):
+        raise DataError(
+            f"frames may have up to {spec.frame_tiles} tiles here: give (frames, tiles of a frame) of each video"
+        )
+    shots = [(shot, 1) if isinstance(shot, int) else shot for shot in found]
+    for n, (count, _) in enumerate(shots, 1):
+        _check_frames(count, spec, f"video {n}")
+    return shots
+
+
+def _check_frames(count: int, spec: LayoutSpec, name: str) -> None:
+    if spec.max_frames is not None and count > spec.max_frames:
+        raise ContextOverflowError(
+            f"{name}: {count} frames are taken but the model looks at {spec.max_frames} at most: take fewer frames "
+            "(frames, max_frames or fps of the sampling), or a shorter clip"
+        )
 
 
 def _render(
-    turns: list[Turn], spec: LayoutSpec, frames: list[int], train: bool, generate: bool | None
+    turns: list[Turn], spec: LayoutSpec, shots: list[Shot], train: bool, generate: bool | None
 ) -> tuple[list[Piece], list[str]]:
     """Spell the conversation with one context token a picture or frame; the kinds say which of the two each is."""
     picture = "".join(spec.image_tokens)
     spoken: list[tuple[str, str]] = []
     kinds: list[str] = []
-    left = iter(frames)
+    left = iter(shots)
     seen = 0
     for n, turn in enumerate(turns):
         for token in spec.image_tokens:
@@ -590,7 +541,7 @@ def _render(
                 text += part.removeprefix("\n") if closed else part
                 closed = False
                 continue
-            count = 1 if part.kind == "image" else next(left)
+            count = 1 if part.kind == "image" else next(left)[0]
             kinds += [part.kind] * count
             closed = part.kind == "video" and spec.frame_spelling.closed
             text += picture if part.kind == "image" else spec.frame_spelling.spell(picture, count)
@@ -604,15 +555,17 @@ def _lay_rows(
     turns: list[Turn],
     spec: LayoutSpec,
     counts: list[int],
-    frames: list[int],
+    shots: list[Shot],
     train: bool,
     generate: bool | None,
 ) -> _Rows:
-    """Tokenise, then give every picture its rows: `counts` tiles of K rows each, one tile to a frame."""
-    pieces, kinds = _render(turns, spec, frames, train, generate)
+    """Tokenise, then give every picture and every frame its rows."""
+    pieces, kinds = _render(turns, spec, shots, train, generate)
     ids, learned = encode_pieces(pieces, spec.tokenizer.encode, bos=spec.bos_id)
-    left = iter(counts)
-    lengths = [spec.tokens_per_tile * (next(left) if kind == "image" else 1) for kind in kinds]
+    left, tiles = iter(counts), (tiles for frames, tiles in shots for _ in range(frames))
+    lengths = [
+        spec.image_rows * next(left) if kind == "image" else spec.frame_rows * next(tiles) for kind in kinds
+    ]
     if not kinds:
         return _Rows(ids, learned, [], [], [])
     context = spec.context_id
@@ -636,23 +589,27 @@ def _lay_rows(
     return _Rows(out_ids + ids[done:], out_learned + learned[done:], starts, lengths, kinds)
 
 
-def _check_length(rows: _Rows, spec: LayoutSpec, counts: list[int], frames: list[int]) -> None:
+def _check_length(rows: _Rows, spec: LayoutSpec, counts: list[int], shots: list[Shot]) -> None:
     length = len(rows.ids)
     if spec.max_length is None or length <= spec.max_length:
         return
     remedy = "shorten the conversation"
     if counts:
         taken = sum(length for _, length in rows.places("image"))
+        often = f" encoded {spec.repeats} times" if spec.repeats > 1 else ""
         remedy = (
-            f"{taken} of them are {sum(counts)} image tiles, so use fewer tiles "
-            f"(max_tiles is {spec.tiles.max_tiles}), fewer images, or a shorter conversation"
+            f"{taken} of them are {sum(counts)} image tiles{often}, so use fewer tiles "
+            f"(max_tiles is {spec.tiles.max_tiles}), {'fewer repeats, ' if often else ''}fewer images, or a shorter "
+            "conversation"
         )
-    if frames:
+    if shots:
         taken = sum(length for _, length in rows.places("video"))
         rest = f", and {sum(counts)} image tiles" if counts else ""
+        several = any(tiles > 1 for _, tiles in shots)
+        cut = f" of {sum(frames * tiles for frames, tiles in shots)} tiles" if several else ""
         remedy = (
-            f"{taken} of them are {sum(frames)} video frames{rest}, so use fewer frames, fewer images, "
-            "or a shorter conversation"
+            f"{taken} of them are {sum(frames for frames, _ in shots)} video frames{cut}{rest}, so use fewer frames, "
+            f"{'fewer tiles a frame, ' if several else ''}fewer images, or a shorter conversation"
         )
     raise ContextOverflowError(
         f"the conversation takes {length} tokens but the limit is {spec.max_length}: {remedy}"

@@ -12,7 +12,8 @@ In system and assistant turns a tag is plain text. `<video>` tags likewise, in t
 
 A video part may say which frames are to be taken: fields of `chiasm.media.frames.FrameSampling` beside its source,
 {"type": "video", "video": "a.mp4", "clip": [2, 8], "frames": 16}, or beside the url in {"video_url": {"url", …}}. They
-win over what the layout does by default; `fps` alone means the mode of that name. A row's `clip` is that of its video.
+win over what the layout does by default; `fps` alone means the mode of that name. A row's `clip` is that of its video,
+and its `folder_fps` the rate of a video that is a folder of frames.
 """
 
 from __future__ import annotations
@@ -28,7 +29,18 @@ from chiasm.errors import DataError
 from chiasm.media.fetch import is_url
 from chiasm.text.templates import ROLES
 
-__all__ = ["SAMPLING", "Kind", "Part", "Record", "Turn", "from_row", "parse_messages", "spell_turn", "to_row"]
+__all__ = [
+    "ROW_SAMPLING",
+    "SAMPLING",
+    "Kind",
+    "Part",
+    "Record",
+    "Turn",
+    "from_row",
+    "parse_messages",
+    "spell_turn",
+    "to_row",
+]
 
 Kind = Literal["text", "image", "video", "points", "box", "mask", "codes"]
 KINDS: tuple[str, ...] = get_args(Kind)
@@ -44,6 +56,8 @@ _VALUE_KEYS = {"image": ("image", "path", "url"), "video": ("video", "path", "ur
 
 SAMPLING = ("mode", "frames", "fps", "min_frames", "max_frames", "clip", "seed", "formula", "folder_fps")
 """Fields by which a video part says which of its frames are taken; those of `FrameSampling`."""
+ROW_SAMPLING = ("clip", "folder_fps")
+"""Those that an InternVL row may have beside its video: what is true of the file, not how a model looks at it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -335,9 +349,9 @@ def from_row(row: Mapping[str, Any], *, where: str = "row") -> Record:
     kind, sources, taken = _row_media(row, where)
     given = _hand_out(kind, sources, said, where)
     # Null is how writers of such rows spell "the whole video".
-    clip = {"clip": row["clip"]} if kind == "video" and row.get("clip") is not None else {}
+    facts = {name: row[name] for name in ROW_SAMPLING if kind == "video" and row.get(name) is not None}
     turns = tuple(
-        Turn(role, (*(Part(kind, source, clip) for source in mine), Part("text", value)), rest)
+        Turn(role, (*(Part(kind, source, facts) for source in mine), Part("text", value)), rest)
         for (role, value, rest), mine in zip(said, given, strict=True)
     )
     for n, turn in enumerate(turns):
@@ -346,7 +360,7 @@ def from_row(row: Mapping[str, Any], *, where: str = "row") -> Record:
         turns=turns,
         tagged=any(mine and _TAGS[kind] in value for (_, value, _), mine in zip(said, given, strict=True)),
         listed=taken == "image" and isinstance(row["image"], list),
-        extra={key: row[key] for key in row if key not in ("conversations", taken, *clip)},
+        extra={key: row[key] for key in row if key not in ("conversations", taken, *facts)},
     )
 
 
@@ -402,12 +416,13 @@ def to_row(record: Record | Sequence[Turn], *, where: str = "record") -> dict[st
 
     Raises:
         DataError: what the format cannot hold: media in other than user turns, media without a path, pictures together
-            with a video, several videos, other sampling than a clip, other parts than text, image, video.
+            with a video, several videos, other sampling than `clip` and `folder_fps`, other parts than text, image,
+            video.
     """
     if not isinstance(record, Record):
         record = Record(turns=tuple(record))
     sources: dict[str, list[str]] = {"image": [], "video": []}
-    clips: list[Any] = []
+    facts: dict[str, Any] = {}
     talk: list[dict[str, Any]] = []
     seen = 0
     for n, turn in enumerate(record.turns):
@@ -424,9 +439,11 @@ def to_row(record: Record | Sequence[Turn], *, where: str = "record") -> dict[st
                     f"{at}: a row holds paths, not {type(part.value).__name__}: save the {part.kind} first"
                 )
             sources[part.kind].append(str(part.value))
-            if set(part.sampling) - {"clip"}:
-                raise DataError(f"{at}: a row holds the clip of a video, no other sampling: leave that out")
-            clips += [part.sampling["clip"]] if "clip" in part.sampling else []
+            if set(part.sampling) - set(ROW_SAMPLING):
+                raise DataError(
+                    f"{at}: a row holds the clip and folder_fps of a video, no other sampling: leave that out"
+                )
+            facts |= part.sampling
         marked = "".join(_TAGS[p.kind] if isinstance(p, Part) else p for p in spelled)
         value = marked if record.tagged else turn.text
         talk.append({"from": _ROW_NAMES[turn.role], "value": value, **turn.extra})
@@ -438,8 +455,7 @@ def to_row(record: Record | Sequence[Turn], *, where: str = "record") -> dict[st
         row["image"] = sources["image"][0] if one else sources["image"]
     elif sources["video"]:
         row["video"] = sources["video"][0]
-        if clips:
-            row["clip"] = list(clips[0]) if isinstance(clips[0], tuple) else clips[0]
+        row |= {name: list(value) if isinstance(value, tuple) else value for name, value in facts.items()}
     row["conversations"] = talk
     return row
 

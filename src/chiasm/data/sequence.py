@@ -36,7 +36,11 @@ TEXT, IMAGE, VIDEO, POINTS, CODES = range(5)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Span:
-    """Positions [start, start + length) stand for items [first, first + items) of `media[name]`."""
+    """Positions [start, start + length) stand for items [first, first + items) of `media[name]`.
+
+    Where items are encoded several times, their rows are length = repeats * items * K; in which order they lie is the
+    model's to know (`chiasm.data.layout.LayoutSpec.repeat_order`).
+    """
 
     media: str
     start: int
@@ -47,6 +51,13 @@ class Span:
     """Content hash of these items together: features computed from them may be cached under it."""
     group: int = -1
     """Spans of one group (>= 0) are one temporal sequence: the frames of a video, the repeats of an image."""
+    repeats: int = 1
+    """How often each item is encoded. Features depend on it, and on the earlier spans of a group: `key` is of the
+    items alone."""
+
+    def __post_init__(self) -> None:
+        if self.repeats < 1:
+            raise DataError(f"a span's repeats must be at least 1, found {self.repeats}")
 
     def shifted(self, rows: int, items: int, groups: int = 0) -> Span:
         """The same span in a sequence that begins `rows`, `items` and `groups` further on."""
@@ -62,7 +73,8 @@ class Span:
 class MediaBatch:
     """Raw media of one kind: `data` (N, …), uint8 pixels (N, 3, S, S) for images, points, code groups, …
 
-    `times_N` are seconds (float32), where items are moments.
+    `times_N` are seconds, where items are moments: float64 (single precision knows a thousandth of a second for two
+    hours only), and always on the CPU, where they decide which items are encoded together and how.
     """
 
     data: Tensor
@@ -73,8 +85,8 @@ class MediaBatch:
             raise DataError(f"media has {len(self)} items but {self.times_N.numel()} time stamps")
 
     def to(self, device: torch.device | str) -> MediaBatch:
-        """On another device."""
-        return MediaBatch(self.data.to(device), None if self.times_N is None else self.times_N.to(device))
+        """On another device; the times stay."""
+        return MediaBatch(self.data.to(device), self.times_N)
 
     def items(self, low: int, high: int) -> MediaBatch:
         """Items low … high - 1."""
@@ -297,7 +309,7 @@ class Sequence:
             if own is None:
                 media_of[media] = MediaBatch(blank)
             else:
-                times_N = None if own.times_N is None else torch.zeros(more)
+                times_N = None if own.times_N is None else torch.zeros(more, dtype=torch.float64)
                 media_of[media] = MediaBatch.join([own, MediaBatch(blank, times_N)])
         filled = replace(self, media=media_of)
         if not missing:

@@ -108,6 +108,8 @@ class SetStats:
         learned: tokens of a row that are learned.
         tiles: of a row's pictures (thumbnails included) and frames.
         images: pictures of a row.
+        videos: of a row that has any; frames: likewise, of all its videos.
+        shown: tokens of a row's pictures and frames, every repeat counted; rows without any are left out.
         turns: questions and answers of a row.
         answers: characters of an answer.
         widths, heights: of pictures, upright, in pixels.
@@ -122,6 +124,9 @@ class SetStats:
     learned: Distribution = field(default_factory=Distribution)
     tiles: Distribution = field(default_factory=Distribution)
     images: Distribution = field(default_factory=Distribution)
+    videos: Distribution = field(default_factory=Distribution)
+    frames: Distribution = field(default_factory=Distribution)
+    shown: Distribution = field(default_factory=Distribution)
     turns: Distribution = field(default_factory=Distribution)
     answers: Distribution = field(default_factory=Distribution)
     widths: Distribution = field(default_factory=Distribution)
@@ -137,8 +142,13 @@ class SetStats:
             return
         self.tokens.add(sample.tokens)
         self.learned.add(sample.learned)
-        self.tiles.add(sum(sample.tiles) + sample.frames)
+        self.tiles.add(sum(sample.tiles) + sample.frame_tiles)
         self.images.add(len(sample.pictures))
+        if sample.videos:
+            self.videos.add(len(sample.videos))
+            self.frames.add(sample.frames)
+        if seen := sample.parts["image"] + sample.parts["video"]:
+            self.shown.add(seen)
         self.turns.add(sum(role != "system" for _, role, _ in sample.said))
         self.parts.update(sample.parts)
         for _, role, text in sample.said:
@@ -154,7 +164,10 @@ class SetStats:
     @property
     def distributions(self) -> dict[str, Distribution]:
         """By name."""
-        names = ("tokens", "learned", "tiles", "images", "turns", "answers", "widths", "heights", "aspects")
+        names = (
+            *("tokens", "learned", "tiles", "images", "videos", "frames", "shown", "turns", "answers"),
+            *("widths", "heights", "aspects"),
+        )
         return {name: getattr(self, name) for name in names}
 
     def as_dict(self) -> dict[str, Any]:

@@ -349,5 +349,7 @@ def describe(model: ChatModel) -> dict[str, Any]:
         "system": spec.system if spec.system is not None else spec.template.system,
         "tiles": dataclasses.asdict(spec.tiles),
         "tokens_per_tile": spec.tokens_per_tile,
+        **({"repeats": spec.repeats} if spec.repeats > 1 else {}),
+        **model.facts,
         "parameters": count_by_part((name, p.numel()) for name, p in model.model.named_parameters()),
     }

@@ -19,7 +19,19 @@ from chiasm.errors import ConfigError, DataError
 __all__ = ["MATTERS", "Manifest", "first_difference"]
 
 #: Checked in this order: what is measured, on what, how it is read, how it is asked, of whom.
-MATTERS = ("bench", "data", "metric", "parser", "prompt", "tiles", "frames", "decoding", "seed", "model")
+MATTERS = (
+    "bench",
+    "data",
+    "metric",
+    "parser",
+    "prompt",
+    "tiles",
+    "frames",
+    "video",
+    "decoding",
+    "seed",
+    "model",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +46,8 @@ class Manifest:
         prompt: {"name", "version", "template"}.
         tiles: fields of the tile policy.
         frames: frames taken of a video; None for pictures.
+        video: how videos are looked at: {"sampling", "formula", "tiles_per_frame", "tokens_per_tile",
+            "frame_tags", "folder_fps", "clips", "subtitles"}; empty for pictures.
         decoding: {"kind", "max_new_tokens", and for sampling "temperature", "top_p", "votes"}.
         seed: of sampling.
         model: {"name", "weights" (a hash), "dtype", "template", "system", …}.
@@ -48,6 +62,7 @@ class Manifest:
     prompt: Mapping[str, Any]
     tiles: Mapping[str, Any] = field(default_factory=dict)
     frames: int | None = None
+    video: Mapping[str, Any] = field(default_factory=dict)
     decoding: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
     model: Mapping[str, Any] = field(default_factory=dict)
@@ -61,7 +76,9 @@ class Manifest:
     def identity(self) -> dict[str, Any]:
         """What decides whether kept answers may be used again: all that matters, and the versions."""
         whole = self.to_dict()
-        return {name: whole[name] for name in (*MATTERS, "versions")}
+        # What says nothing about videos is left out, so that answers about pictures that were kept before it was there
+        # stay good.
+        return {name: whole[name] for name in (*MATTERS, "versions") if name != "video" or whole[name]}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], *, where: str = "manifest") -> Manifest:

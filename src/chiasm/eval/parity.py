@@ -233,7 +233,7 @@ def _result(
         server_tokens=first.prompt_tokens,
         tiles=tiles,
         server_tiles=_tiles(
-            tokens, tiles, first.prompt_tokens, offset, model.spec.tokens_per_tile, len(case.pictures)
+            tokens, tiles, first.prompt_tokens, offset, model.spec.image_rows, len(case.pictures)
         ),
         same_top=found.same_top,
         shared=len(gaps),
@@ -501,7 +501,7 @@ def _positions(
 
 def _sees_none(model: ChatModel, cases: Sequence[Case], results: Sequence[CaseResult], offset: int) -> bool:
     """Whether the server reads each picture as next to nothing."""
-    per_tile = model.spec.tokens_per_tile
+    per_tile = model.spec.image_rows
     read = [
         one.server_tokens is not None
         and one.server_tokens - offset < one.tokens - one.tiles * per_tile + per_tile / 2

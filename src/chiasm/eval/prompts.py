@@ -132,6 +132,10 @@ _ALL = (
         option="({letter}) {text}",
     ),
     Prompt(
+        name="choice_subtitles",
+        template="Subtitles of the video: {hint}\n{question}\n{options}\n" + _LETTER,
+    ),
+    Prompt(
         name="choice_vision",
         template="{question}\nThe picture shows a question and its options. "
         "Answer with the letter of the right option and nothing else.",
@@ -140,6 +144,13 @@ _ALL = (
     Prompt(
         name="cot_choice",
         template="{hint}\n{question}\n{options}\n"
+        + _STEPS
+        + "Final answer: the letter of the right option alone.",
+        reasons=True,
+    ),
+    Prompt(
+        name="cot_choice_subtitles",
+        template="Subtitles of the video: {hint}\n{question}\n{options}\n"
         + _STEPS
         + "Final answer: the letter of the right option alone.",
         reasons=True,

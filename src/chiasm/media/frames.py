@@ -20,6 +20,9 @@ itself, with a variable one it is what the formula is for, and ``middle`` and ``
 may ``original`` where as many frames are asked for as there are: 0, 1, 2, 2 of four. A video with fewer frames than
 asked gives each of its frames once (the release repeats the last one, transformers refuses).
 
+How many: ``frames``, or, where that is None, a number drawn evenly from ``min_frames`` to ``max_frames`` (training:
+8 to 32 in InternVL 2.5, 16 to 96 in PVC), from the seed and the video's name too. A shorter video gives what it has.
+
 Times are seconds after the first frame. A clip [start, end) holds the frames that begin in it, or else the one that
 is on screen at its start.
 """
@@ -66,13 +69,14 @@ class FrameSampling:
 
     Attributes:
         mode: ``middle``, ``rand`` or ``fps``.
-        frames: how many with ``middle`` and ``rand``; None with ``rand`` draws the number from min_frames to
-            max_frames, as the training of the release does.
+        frames: how many with ``middle`` and ``rand``; None draws the number from min_frames to max_frames, each
+            equally likely.
         fps: frames a second with ``fps``, from 0.000001 to 1000000; None means 1, and is the only value elsewhere.
-        min_frames: least number asked for with ``fps``, and with ``rand`` if frames is None.
+        min_frames: least number asked for with ``fps``, and elsewhere if frames is None.
         max_frames: largest number, likewise.
         clip: (start, end) in seconds; None for the whole video.
-        seed: of ``rand``; the same seed takes the same frames of a video of the same name (path or URL, as given).
+        seed: of all that is drawn; the same seed takes the same frames of a video of the same name (path or URL, as
+            given).
         formula: of ``middle``: ``original`` or ``hf``.
         folder_fps: frames a second of a folder or list of pictures, which cannot say it themselves.
     """
@@ -93,10 +97,6 @@ class FrameSampling:
         if self.formula not in get_args(Formula):
             raise ConfigError(
                 f"sampling formula {self.formula!r} is unknown: {' | '.join(get_args(Formula))}"
-            )
-        if self.frames is None and self.mode == "middle":
-            raise ConfigError(
-                "sampling mode middle needs a number of frames: set frames, or mode='rand' | 'fps'"
             )
         for name in ("frames", "min_frames", "max_frames"):
             value = getattr(self, name)

@@ -124,6 +124,7 @@ class Video:
             raise ImageError(f"{name}: has no frames; give a video that shows something")
         self.name, self.times, self.duration = name, tuple(times), duration
         self.decoded = 0
+        self._size: tuple[int, int] | None = None
 
     def __len__(self) -> int:
         return len(self.times)
@@ -142,6 +143,20 @@ class Video:
     def plan(self, sampling: FrameSampling | None = None) -> list[int]:
         """Indices of the frames that a sampling takes, without decoding; see `choose_frames` for the errors."""
         return choose_frames(self.times, self.duration, sampling or FrameSampling(), name=self.name)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) of the first frame, upright, in pixels; that frame is decoded for it, once.
+
+        Headers do not tell how a stream is turned. Later frames may have another size.
+
+        Raises:
+            ImageError: the frame cannot be decoded.
+        """
+        if self._size is None:
+            image, _ = next(self.each([0]))
+            self._size = image.size
+        return self._size
 
     def read(self, indices: Sequence[int]) -> Frames:
         """Decode these frames, given in rising order; an index may come several times.

@@ -157,7 +157,8 @@ def prompt_usage(inputs: ModelInputs, reused: int = 0) -> dict[str, int]:
     return {
         "prompt_tokens": len(inputs.token_ids),
         "tiles": inputs.tiles.shape[0],
-        "frames": len(inputs.sequence.spans_of("video")),
+        # Frames of a stream were encoded before.
+        "frames": len(inputs.sequence.spans_of("video")) + len(inputs.sequence.spans_of("encoded")),
         "reused_tokens": reused,
     }
 

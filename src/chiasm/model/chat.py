@@ -104,6 +104,11 @@ class ChatModel:
         return self.model.quantized
 
     @property
+    def facts(self) -> dict[str, Any]:
+        """What answers depend on beside weights and layout, as plain data: for manifests, which tell models apart."""
+        return {}
+
+    @property
     def static(self) -> bool | Literal["compile"] | None:
         """Whether passes that only decode have fixed shapes, see `CausalVLM.static`; may be set."""
         return self.model.static

@@ -36,7 +36,8 @@ class Job:
     Attributes:
         language: the decoder. vision: the encoder; None for a language model alone, which has none of what follows.
         projector_inputs: width after unshuffling. tokens_per_tile: rows of a tile. select_layer: encoder layer read.
-        pictures: tiles of each picture of a conversation. frames: of all its videos, one tile each.
+        pictures: tiles of each picture of a conversation. frames: tiles of all frames of all its videos.
+        seen: rows of the language model that stand for them; None: tokens_per_tile each.
         prompt: tokens of a conversation. new: tokens of its answer.
         batch: conversations at once.
         dtype: of weights, activations and cache.
@@ -50,6 +51,7 @@ class Job:
     select_layer: int = -1
     pictures: tuple[int, ...] = ()
     frames: int = 0
+    seen: int | None = None
     prompt: int
     new: int
     batch: int = 1
@@ -71,7 +73,7 @@ class Job:
 
     @property
     def tiles(self) -> int:
-        """Tiles and frames of one conversation."""
+        """Tiles of pictures and frames of one conversation."""
         return sum(self.pictures) + self.frames
 
     @property
@@ -87,7 +89,7 @@ class Job:
     @property
     def rows(self) -> int:
         """Rows of the language model that are seen instead of read, one conversation."""
-        return self.tiles * self.tokens_per_tile
+        return self.tiles * self.tokens_per_tile if self.seen is None else self.seen
 
     @property
     def logit_rows(self) -> int:

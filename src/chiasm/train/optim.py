@@ -28,7 +28,8 @@ __all__ = [
     "trainable",
 ]
 
-_VISION = re.compile(r"(?:.*\.)?vision\.(?:layers\.(?P<layer>\d+)\.)?")
+# What an encoder has beside its layers and below them is named; what else there may be counts as above all layers.
+_VISION = re.compile(r"(?:.*\.)?vision\.(?:layers\.(?P<layer>\d+)\.|(?=(?:class|patch|position)_embedding))")
 _LANGUAGE = re.compile(r"trunk\.layers\.(?P<layer>\d+)\.|(?P<words>embedder\.words\.)")
 
 

@@ -51,7 +51,7 @@ def write_jsonl(
     """Write the first ``n`` samples as picture files, one JSONL and the meta JSON of InternVL; return the meta's path.
 
     Paths in the meta and in the rows are relative to the meta file's folder. Rows: ``id``, ``image`` or ``video``,
-    ``width``, ``height`` and ``conversations``, of all questions of a sample.
+    ``width``, ``height`` and ``conversations``, of all questions of a sample; of clips as frames ``folder_fps`` too.
 
     Args:
         world: what to write.
@@ -87,6 +87,8 @@ def write_jsonl(
         return {
             "id": sample.key,
             medium: relative,
+            # Videos and animations say their rate themselves.
+            **({"folder_fps": sample.fps} if sample.is_clip and clips == "frames" else {}),
             "width": width,
             "height": height,
             "conversations": said,

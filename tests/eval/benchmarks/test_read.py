@@ -315,11 +315,11 @@ def test_broken_json(tmp_path):
 
 
 def test_wrong_paths(tmp_path):
-    (tmp_path / "x.csv").write_text("a")
+    (tmp_path / "x.ods").write_text("a")
     path = lines(tmp_path / "t.jsonl", {"question": "q", "id": 1}, {"question": "r", "id": 2})
     for arguments, message in [
         ({"data": tmp_path / "gone"}, "no such file or folder"),
-        ({"data": tmp_path / "x.csv"}, "are read from"),
+        ({"data": tmp_path / "x.ods"}, "are read from"),
         ({"data": path, "images": tmp_path / "gone"}, "no such folder"),
         ({"data": path, "answers": tmp_path / "gone"}, "--answers"),
         ({"data": path, "limit": 0}, "at least one question"),

@@ -84,6 +84,8 @@ def test_every_scorer_has_a_case():
 def test_every_bench_runs(name, tmp_path):
     bench = get_bench(name)
     facts, right = CASES[bench.scorer]
+    if bench.subtitles:  # of which something must be there before anything is asked
+        facts = facts | {"subtitles": "a.srt"}
     items = [item(n, **facts) for n in range(4)]
     if bench.scorer == "caption":
         items = [replace(one, answers=(f"{one.key} bus", "x")) for one in items]
@@ -268,9 +270,18 @@ def test_frames_of_videos(tmp_path):
     model = Says(lambda text, seed: "A")
     result = run_bench(model, get_bench("mvbench"), items, Settings(frames=4))
     (film,), text, _ = model.asked[0]
-    assert film == {"type": "video", "video": str(folder), "mode": "middle", "frames": 4, "clip": [0.0, 2.0]}
+    # MVBench has folders of frames, three a second: its clips are in seconds.
+    assert film == {
+        "type": "video",
+        "video": str(folder),
+        "mode": "middle",
+        "frames": 4,
+        "clip": [0.0, 2.0],
+        "folder_fps": 3.0,
+    }
     assert text.endswith("Only give the best option.")
     assert result.manifest.frames == 4
+    assert result.manifest.video["folder_fps"] == 3.0
     real = run_bench(tiny_chat(), replace(get_bench("mvbench"), max_new_tokens=3), items, Settings(frames=2))
     assert real.tokens["prompt"] > 0
 

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-from chiasm.data.message import Part, Record, Turn, from_row, parse_messages
+from chiasm.data.message import ROW_SAMPLING, Part, Record, Turn, from_row, parse_messages
 from chiasm.errors import DataError
 
 __all__ = ["Kind", "guess", "read_row"]
@@ -194,14 +194,14 @@ def _messages(row: Mapping[str, Any], pictures: Sequence[Any], where: str) -> Re
         said = str(error)
         raise DataError(f"{where}.{said}" if said.startswith("messages[") else f"{where}: {said}") from error
     turns = [replace(turn, extra=extra) for turn, extra in zip(turns, extras, strict=True)]
-    # One video stands beside messages as it does beside conversations, with its clip.
+    # One video stands beside messages as it does beside conversations, with its clip and rate.
     name = next((key for key in ("videos", "video") if row.get(key)), None)
     taken = {"messages"} if name is None else {"messages", name}
     if name is not None:
         videos = row[name] if isinstance(row[name], list) else [row[name]]
-        clip = {"clip": row["clip"]} if name == "video" and row.get("clip") is not None else {}
-        turns = _with_videos(turns, videos, clip, f"{where}.{name}")
-        taken |= clip.keys()
+        facts = {key: row[key] for key in ROW_SAMPLING if name == "video" and row.get(key) is not None}
+        turns = _with_videos(turns, videos, facts, f"{where}.{name}")
+        taken |= facts.keys()
     return Record(
         turns=tuple(turns),
         tagged=any("<image>" in turn.text or "<video>" in turn.text for turn in turns if turn.role == "user"),

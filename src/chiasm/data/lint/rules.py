@@ -243,7 +243,7 @@ def refused(sample: Sample, _: Context) -> Iterator[str]:
     "error",
     says="more tokens than the limit (--max-length): the layout refuses it; packing refuses, truncates or splits it",
     example="9,000 tokens, limit 8,192",
-    remedy="fewer tiles (max_tiles), fewer pictures, a split conversation, or a larger limit",
+    remedy="fewer tiles (max_tiles), pictures or frames, a split conversation, or a larger limit",
 )
 def too_long(sample: Sample, context: Context) -> Iterator[str]:
     """Says which part is to blame and what lies beyond the limit."""
@@ -254,8 +254,7 @@ def too_long(sample: Sample, context: Context) -> Iterator[str]:
     made = ", ".join(f"{count:,} {name}" for name, count in parts.items() if count)
     over = sample.tokens - limit
     fixed = parts["system"] + parts["question"] + parts["answer"] + parts["video"]
-    K = context.spec.tokens_per_tile
-    room = (limit - fixed) // K
+    room = (limit - fixed) // context.spec.image_rows
     if parts["image"] and room >= len(sample.tiles):
         help_ = f"it fits with {room} tiles in all instead of {sum(sample.tiles)}"
     elif parts["image"] and limit >= parts["system"]:
@@ -264,6 +263,12 @@ def too_long(sample: Sample, context: Context) -> Iterator[str]:
             if fixed > limit
             else (f"{len(sample.tiles)} picture(s) do not fit beside the text with a tile each")
         )
+    elif (
+        sample.frame_tiles
+        and (frames := (limit - sample.tokens + parts["video"]) * sample.frames // parts["video"]) > 0
+    ):
+        # Frames that are left out take their tags with them: so many fit for certain.
+        help_ = f"it fits with {frames} frames in all instead of {sample.frames}"
     else:
         help_ = f"its last {over:,} tokens do not fit"
     if sample.beyond is not None:
@@ -283,7 +288,7 @@ def too_long(sample: Sample, context: Context) -> Iterator[str]:
 )
 def too_many_tiles(sample: Sample, context: Context) -> Iterator[str]:
     """A picture is never cut, so the sample cannot be packed whole."""
-    total = sum(sample.tiles) + sample.frames
+    total = sum(sample.tiles) + sample.frame_tiles
     limit = context.pack_tiles
     if limit is not None and total > limit:
         yield f"{total} tiles of {len(sample.tiles)} picture(s) and {sample.frames} frame(s), limit {limit}"

@@ -26,7 +26,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from chiasm.data.layout import LayoutSpec, prompt_pieces
+from chiasm.data.layout import LayoutSpec, Shot, count_shots, prompt_pieces
 from chiasm.data.message import Record, Turn, parse_messages
 from chiasm.errors import ChiasmError, ImageError, MissingExtraError
 from chiasm.media.fetch import is_url, load_bytes, short_name
@@ -102,7 +102,7 @@ class Sample:
         learned: how many of them are learned.
         parts: tokens by part: system, question, answer, image, video.
         tiles: of each picture.
-        frames: of all videos.
+        videos: of each video, its frames and the tiles of a frame.
         beyond: of a text longer than `max_length`: (learned tokens, whole or broken pictures or frames) beyond it;
             None if the text is not too long, or has both pictures and videos.
         whole_differs: tokenised at one go the text gives other tokens.
@@ -127,10 +127,20 @@ class Sample:
     learned: int = 0
     parts: dict[str, int] = field(default_factory=dict)
     tiles: list[int] = field(default_factory=list)
-    frames: int = 0
+    videos: list[Shot] = field(default_factory=list)
     beyond: tuple[int, int] | None = None
     whole_differs: bool = False
     merged: int = 0
+
+    @property
+    def frames(self) -> int:
+        """Frames of all videos."""
+        return sum(frames for frames, _ in self.videos)
+
+    @property
+    def frame_tiles(self) -> int:
+        """Tiles of all frames of all videos."""
+        return sum(frames * tiles for frames, tiles in self.videos)
 
     @property
     def spoken(self) -> Sequence[Turn]:
@@ -252,13 +262,14 @@ class Reader:
         """Lay the conversation out as training would, but for the pixels; raises what `layout` would."""
         videos = sum(len(turn.of_kind("video")) for turn in sample.turns)
         try:
-            pieces = prompt_pieces(sample.turns, spec, train=True)
+            shots = count_shots(sample.turns, spec) if videos else []
         except ImageError as error:
             sample.video_problem = str(error)
             raise
         except MissingExtraError as error:
             sample.unexamined = str(error)
-            pieces = prompt_pieces(sample.turns, spec, train=True, frames=[_ASSUMED_FRAMES] * videos)
+            shots = [(_ASSUMED_FRAMES, 1)] * videos
+        pieces = prompt_pieces(sample.turns, spec, train=True, frames=shots)
         sample.text = join(pieces)
         # A chunk is tokenised here, counted below and compared below: once is enough.
         encode = cache(self.encode)
@@ -278,12 +289,12 @@ class Reader:
                     "the tokenizer must treat the image tokens as special"
                 )
                 return
-        sample.frames = shown - len(sample.pictures)
+        sample.videos = shots
         sample.tiles = spec.tiles.counts(
             picture.size if picture.known else (spec.tiles.image_size, spec.tiles.image_size)
             for picture in sample.pictures
         )
-        image, video = spec.tokens_per_tile * sum(sample.tiles), spec.tokens_per_tile * sample.frames
+        image, video = spec.image_rows * sum(sample.tiles), spec.frame_rows * sample.frame_tiles
         if faulty is None:
             sample.tokens = len(ids) - shown + image + video
         if (
@@ -324,7 +335,10 @@ class Reader:
 
 def _beyond(sample: Sample, ids: list[int], learned: list[bool], spec: LayoutSpec) -> tuple[int, int]:
     """What lies behind `max_length`, in a text of pictures or of frames."""
-    lengths = iter([spec.tokens_per_tile * n for n in sample.tiles] + [spec.tokens_per_tile] * sample.frames)
+    lengths = iter(
+        [spec.image_rows * n for n in sample.tiles]
+        + [spec.frame_rows * tiles for frames, tiles in sample.videos for _ in range(frames)]
+    )
     context = spec.context_id if sample.tiles or sample.frames else None
     at = lost = shown = 0
     for index, keep in zip(ids, learned, strict=True):

@@ -40,6 +40,7 @@ class Item:
         answers: accepted ones; empty where the file keeps them secret.
         images: pictures in order.
         video: a path; `clip` (start, end) in seconds of it.
+        subtitles: path of the video's subtitle file; benches that show none leave it alone.
         options: letter -> text; empty for open questions.
         letter: of the right option, "" where unknown.
         hint: context that is shown before the question.
@@ -55,6 +56,7 @@ class Item:
     images: tuple[Source, ...] = ()
     video: str | None = None
     clip: tuple[float, float] | None = None
+    subtitles: str | None = None
     options: Mapping[str, str] = field(default_factory=dict)
     letter: str = ""
     hint: str = ""

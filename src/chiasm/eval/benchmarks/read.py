@@ -4,8 +4,9 @@ Folders: MME's ``*.txt`` (picture, question and answer between tabs, two lines a
 them in folders of the task's name) and folders of ``*.json``, ``*.jsonl``, ``*.tsv`` or ``*.parquet``, each file one
 category (MVBench).
 
-Answers apart: LLaVA's answer files and VQA's annotations are joined by the question's id; POPE's label files, which
-repeat ids, by their order within the category that their name ends with (coco_pope_random.json).
+Answers apart: LLaVA's answer files and VQA's annotations are joined by the question's id, EgoSchema's {id: place of the
+option} likewise; POPE's label files, which repeat ids, by their order within the category that their name ends with
+(coco_pope_random.json).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ __all__ = ["read_items"]
 
 _READERS: dict[str, Callable[..., Iterator[Item]]] = {
     ".tsv": read_tsv,
+    ".csv": read_tsv,
     ".jsonl": read_jsonl,
     ".json": read_json,
     ".parquet": read_parquet,
@@ -93,7 +95,7 @@ def _folder(path: Path, root: Path | None, prefer: Sequence[str]) -> Iterator[It
     if not files:
         raise UsageError(f"--data {path}: the folder holds no {', '.join(_READERS)} or .txt files")
     for file in files:
-        more = {} if file.suffix.lower() == ".tsv" else {"category": file.stem}
+        more = {} if file.suffix.lower() in (".tsv", ".csv") else {"category": file.stem}
         for item in _file(file, root or path, prefer, **more):
             # Ids start anew in every file.
             yield replace(item, key=f"{file.stem}/{item.key}", category=item.category or file.stem)
@@ -134,7 +136,13 @@ class _Joined:
     def __init__(self, path: Path) -> None:
         self.name = path.name
         self.answers: dict[str, tuple[str, ...]] = {}
+        self.places: dict[str, int] = {}
         for where, record in _records(path):
+            if isinstance(record, Mapping) and record and all(map(_is_place, record.values())):
+                # {id: place of the right option}, all questions in one object
+                self.places |= {str(key): int(place) for key, place in record.items()}
+                self.answers |= {key: (str(place),) for key, place in self.places.items()}
+                continue
             if not isinstance(record, Mapping):
                 raise DataError(f"{where} must be an object, not {type(record).__name__}")
             key = next((record[name] for name in KEYS if record.get(name) is not None), None)
@@ -148,7 +156,20 @@ class _Joined:
     def __call__(self, item: Item) -> Item:
         if item.key not in self.answers:
             raise DataError(f"{item.where}: {self.name} has no answer to question {item.key!r}")
-        return replace(item, answers=self.answers[item.key], letter=_letter(self.answers[item.key], item))
+        found = self.answers[item.key]
+        place = self.places.get(item.key)
+        letters = list(item.options)
+        if place is not None and letters:
+            if not 0 <= place < len(letters):
+                raise DataError(
+                    f"{item.where}: {self.name} names option {place} of question {item.key!r}, which has {len(letters)}"
+                )
+            return replace(item, answers=found, letter=letters[place])
+        return replace(item, answers=found, letter=_letter(found, item))
+
+
+def _is_place(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _letter(answers: Sequence[str], item: Item) -> str:

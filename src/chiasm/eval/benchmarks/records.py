@@ -2,8 +2,10 @@
 
 What is read: InternVL's test JSONL ("image", "question", "question_id", "answer"), its training rows ("conversations"),
 its RefCOCO rows ("sent", "bbox", "height", "width"), LLaVA's question files ("text"), MMMU and MathVista rows,
-VLMEvalKit's columns ("A", "B", …), MVBench ("candidates", "start", "end"), HallusionBench. First spelling that holds
-something wins. What is wrong is a DataError that begins with where the record stands.
+VLMEvalKit's columns ("A", "B", …), MVBench ("candidates", "start", "end"), HallusionBench, and of videos Video-MME
+("videoID"), MLVU, LongVideoBench ("correct_choice"), NExT-QA ("a0" … "a4"), EgoSchema ("q_uid", "option 0" …),
+PerceptionTest ("answer_id") and ActivityNet-QA ("video_name"). First spelling that holds something wins.
+What is wrong is a DataError that begins with where the record stands.
 """
 
 from __future__ import annotations
@@ -19,15 +21,27 @@ from typing import Any
 
 from chiasm.errors import DataError
 from chiasm.eval.benchmarks.items import Item, Source, Stored
+from chiasm.eval.benchmarks.videos import find_subtitles, find_video
 from chiasm.eval.metrics.choices import letters
 
 __all__ = ["KEYS", "from_record", "parse_list", "read_answers"]
 
-KEYS = ("question_id", "questionId", "index", "id", "pid", "qid", "data_id", "uid", "problem_id")
+KEYS = (
+    *("question_id", "questionId", "q_uid", "index", "id", "pid", "qid", "data_id", "uid", "problem_id"),
+    "question_idx",
+)
 _QUESTION = ("question", "text", "sent", "prompt", "query")
-_ANSWER = ("answers", "answer", "gt_answers", "gt_answer", "label", "gt", "ground_truth")
+_ANSWER = (
+    *("answers", "answer", "gt_answers", "gt_answer", "label", "gt", "ground_truth"),
+    *("correct_choice", "answer_id"),
+)
 _IMAGE = ("image", "images", "image_path", "img", "decoded_image", "filename", "image_file", "picture")
-_OPTIONS = ("options", "choices", "candidates")
+_OPTIONS = ("options", "choices", "candidates", "option")
+_VIDEO = ("video", "video_path", "videoID", "video_name", "video_idx", "q_uid")
+#: One field an option: NExT-QA's and EgoSchema's.
+_NUMBERED = ("a{n}", "option {n}", "option_{n}")
+#: Fields of files whose answers are places of options, counted from 0, also where they are written as text.
+_INDEXED = ("q_uid", "video_idx", "a0", "correct_choice", "answer_id")
 _CATEGORY = (
     "category",
     "question_type_category",
@@ -37,6 +51,9 @@ _CATEGORY = (
     "subject",
     "subfield",
     "split",
+    "duration_group",
+    "question_category",
+    "area",
 )
 #: HallusionBench's ids: a question of a set, asked about a figure of the set. Alone, none of them is unique.
 _HALLUSION = ("set_id", "figure_id", "question_id")
@@ -91,19 +108,22 @@ def from_record(
         question = found or ""
         answers = read_answers(_first(record, _ANSWER), where)
     sources = tuple(images) if images is not None else _images(record, where, root)
-    video = _video(record, where, root)
+    kind = _kind(record)
+    video = _video(record, where, root, (category, str(kind or "")))
     if not question.strip() and not sources and video is None:
         raise DataError(
             f"{where} asks nothing: it has no question, picture or video (found {_names(record)})"
         )
     options = _options(record, where)
     found_key = _first(record, KEYS)
+    # NExT-QA and PerceptionTest number the questions of every video anew.
+    if found_key is not None and any(_holds(record.get(name)) for name in ("a0", "answer_id")):
+        found_key = f"{_first(record, _VIDEO)}_{found_key}"
     if all(_holds(record.get(name)) for name in _HALLUSION):
         found_key = "_".join(
             str(record[name]) for name in ("category", "subcategory", *_HALLUSION) if _holds(record.get(name))
         )
     facts = {name: _plain(record[name]) for name in _FACTS if _holds(record.get(name))}
-    kind = _first(record, _CATEGORY)
     item = Item(
         key=str(key if found_key is None else found_key),
         where=where,
@@ -112,12 +132,14 @@ def from_record(
         images=sources,
         video=video,
         clip=_clip(record, where),
+        subtitles=_subtitles(record, root),
         options=options,
         letter=_letter(
             answers,
             options,
             _first(record, _ANSWER),
             texts=not _holds(record.get("options")) and _listed(record),
+            indexed=any(_holds(record.get(name)) for name in _INDEXED),
         ),
         hint=_text(record.get("hint")) or _text(record.get("context")),
         category=str(kind) if kind is not None and not isinstance(kind, list | dict) else category,
@@ -212,13 +234,29 @@ def _images(record: Mapping[str, Any], where: str, root: Path | None) -> tuple[S
     return tuple(out)
 
 
-def _video(record: Mapping[str, Any], where: str, root: Path | None) -> str | None:
-    value = _first(record, ("video", "video_path"))
+def _video(record: Mapping[str, Any], where: str, root: Path | None, tasks: Sequence[str]) -> str | None:
+    value = _first(record, _VIDEO)
     if value is None:
         return None
+    if isinstance(value, int) and not isinstance(value, bool) and _holds(record.get("a0")):
+        value = str(value)  # NExT-QA's ids are numbers
     if not isinstance(value, str):
         raise DataError(f"{where}.video must be a path, found {value!r:.60}")
-    return str(_path(value, root))
+    return str(find_video(value, root, tasks))
+
+
+def _subtitles(record: Mapping[str, Any], root: Path | None) -> str | None:
+    names = [record[name] for name in ("subtitle_path", "subtitles", *_VIDEO) if _holds(record.get(name))]
+    return find_subtitles([name for name in names if isinstance(name, str)], root)
+
+
+def _kind(record: Mapping[str, Any]) -> Any:
+    """The category: by what a benchmark is scored in parts."""
+    if _holds(record.get("videoID")) and isinstance(record.get("duration"), str):
+        return record["duration"]  # Video-MME: short, medium, long
+    if _holds(record.get("candidates")) and _holds(record.get("question_type")):
+        return record["question_type"]  # MLVU's tasks
+    return _first(record, _CATEGORY)
 
 
 def _clip(record: Mapping[str, Any], where: str) -> tuple[float, float] | None:
@@ -251,8 +289,22 @@ def _options(record: Mapping[str, Any], where: str) -> dict[str, str]:
         texts = [str(text) for text in given]
         if len(texts) > 26:
             raise DataError(f"{where} has {len(texts)} options: letters end at Z")
-        return letters(texts)
+        return letters(_unlettered(texts))
+    for spelling in _NUMBERED:
+        texts = []
+        while _holds(record.get(spelling.format(n=len(texts)))):
+            texts.append(_cell(record[spelling.format(n=len(texts))]))
+        if texts:
+            return letters(texts)
     return {letter: _cell(record[letter]) for letter in _LETTERS if _holds(record.get(letter))}
+
+
+def _unlettered(texts: list[str]) -> list[str]:
+    """Options without the letters that all of them begin with ("A. a dog"): prompts write their own."""
+    marks = [re.match(rf"\(?{chr(ord('A') + n)}[.):]\s+(?=\S)", text) for n, text in enumerate(texts)]
+    if len(texts) < 2 or not all(marks):
+        return texts
+    return [text[mark.end() :] for text, mark in zip(texts, marks, strict=True) if mark]
 
 
 def _listed(record: Mapping[str, Any]) -> bool:
@@ -260,12 +312,16 @@ def _listed(record: Mapping[str, Any]) -> bool:
     return any(_holds(record.get(name)) for name in ("choices", "candidates"))
 
 
-def _letter(answers: Sequence[str], options: Mapping[str, str], raw: Any, *, texts: bool) -> str:
+def _letter(
+    answers: Sequence[str], options: Mapping[str, str], raw: Any, *, texts: bool, indexed: bool = False
+) -> str:
     """Letter of the right option: named, counted from 0, or by its text, which comes first if `texts`: options may be
-    letters themselves ("a", "c", "b").
+    letters themselves ("a", "c", "b"). `indexed`: a number that is written as text is counted too.
     """
     if not answers or not options:
         return ""
+    if indexed and isinstance(raw, str) and raw.strip().isdecimal():
+        raw = int(raw)
     if isinstance(raw, int) and not isinstance(raw, bool):
         return list(options)[raw] if 0 <= raw < len(options) else ""
     said = answers[0].strip()

@@ -9,15 +9,18 @@ stands in `extra["votes"]`.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from chiasm.data.message import Part
 from chiasm.errors import ChiasmError, ConfigError, DataError, UsageError
 from chiasm.eval.benchmarks.items import Item, data_hash, read_source
 from chiasm.eval.benchmarks.scoring import Asked
 from chiasm.eval.benchmarks.table import COT_TOKENS, Bench
+from chiasm.eval.benchmarks.videos import read_subtitles, shown_at
 from chiasm.eval.manifest import Manifest
 from chiasm.eval.metrics.extract import EXTRACT_VERSION, checked_mode
 from chiasm.eval.prompts import Prompt, get_prompt
@@ -25,7 +28,9 @@ from chiasm.eval.result import Result
 from chiasm.eval.store import Store
 from chiasm.eval.summary import Estimate, Row, summarise
 from chiasm.eval.vote import majority, plain_reply, sample_answers, vote_curve
+from chiasm.media.frames import FrameSampling
 from chiasm.media.image import open_image
+from chiasm.media.video import open_video
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -108,13 +113,22 @@ def run_bench(
     scorer = bench.scoring
     prompts = check_request(bench, items, settings)
     frames = settings.frames or bench.frames
-    manifest = _manifest(bench, items, settings, prompts, frames, model, about or {}, environment or {})
     spec = getattr(model, "spec", None)
+    manifest = _manifest(bench, items, settings, prompts, frames, spec, about or {}, environment or {})
     orient = spec.tiles.orient if spec is not None else True
     upscale = _upscale(bench, settings)
 
     def conversation(n: int) -> list[dict[str, Any]]:
-        return messages_of(items[n], prompts, frames=frames, orient=orient, upscale=upscale)
+        return messages_of(
+            items[n],
+            prompts,
+            frames=frames,
+            folder_fps=bench.folder_fps,
+            orient=orient,
+            upscale=upscale,
+            subtitles=bench.subtitles,
+            spec=spec,
+        )
 
     store = Store(out, {k: v for k, v in (environment or {}).items() if k in ("git", "machine", "cpu")})
     identity = manifest.identity()
@@ -162,6 +176,11 @@ def check_request(bench: Bench, items: Sequence[Item], settings: Settings) -> tu
         raise UsageError(f"{bench.name}: captions cannot vote; leave --votes out")
     if settings.frames is not None and bench.frames is None and not any(item.video for item in items):
         raise UsageError(f"{bench.name} shows pictures: frames are for videos")
+    if bench.subtitles and not any(item.subtitles for item in items):
+        raise UsageError(
+            f"{bench.name}: no subtitles are there: put them into a folder subtitle or subtitles beside the videos, or "
+            f"take {bench.name.removesuffix('_subs')}"
+        )
     prompts = _prompts(bench, settings)
     for item in items:
         bench.scoring.check(item)
@@ -173,10 +192,16 @@ def messages_of(
     prompts: tuple[Prompt, Prompt],
     *,
     frames: int | None = None,
+    folder_fps: float | None = None,
     orient: bool = True,
     upscale: int = 1,
+    subtitles: bool = False,
+    spec: Any = None,
 ) -> list[dict[str, Any]]:
     """The conversation that asks an item: pictures or video first, then the text.
+
+    With `subtitles` the hint is what is said while the frames are shown that the layout `spec` (a `LayoutSpec`; None:
+    the default one's sampling) takes.
 
     Raises:
         DataError, ImageError: a picture is missing or cannot be opened; the message begins with where the item stands.
@@ -200,10 +225,15 @@ def messages_of(
             part |= {"mode": "middle", "frames": frames}
         if item.clip is not None:
             part["clip"] = list(item.clip)
+        if folder_fps is not None and Path(item.video).is_dir():
+            part["folder_fps"] = folder_fps
         parts.append(part)
     prompt = prompts[0] if item.options else prompts[1]
     options = {} if _shown(item) else item.options
-    text = prompt.render(item.question, options=options, hint=item.hint)
+    hint = (
+        _said(item, parts[-1], spec) if subtitles and item.subtitles and item.video is not None else item.hint
+    )
+    text = prompt.render(item.question, options=options, hint=hint)
     if text.count("<image>") not in (0, len(item.images)):
         text = text.replace("<image>", "")
     return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
@@ -346,7 +376,7 @@ def _manifest(
     settings: Settings,
     prompts: tuple[Prompt, Prompt],
     frames: int | None,
-    model: Any,
+    spec: Any,
     about: Mapping[str, Any],
     environment: Mapping[str, Any],
 ) -> Manifest:
@@ -370,6 +400,7 @@ def _manifest(
         prompt=used[0] if len(used) == 1 else {"options": used[0], "open": used[1]},
         tiles=tiles,
         frames=frames,
+        video=_video_facts(bench, frames, items, spec),
         decoding=decoding,
         seed=settings.seed if settings.temperature else 0,
         model=facts,
@@ -393,6 +424,61 @@ def _part(bench: Bench, settings: Settings, frames: int | None) -> str:
         f"votes{settings.votes}" if settings.votes > 1 else "sampled" if settings.temperature else ""
     )
     return "-".join(word for word in words if word)
+
+
+def _video_facts(bench: Bench, frames: int | None, items: Sequence[Item], spec: Any) -> dict[str, Any]:
+    """How videos are looked at, for the manifest, which has the number of frames beside it."""
+    if not any(item.video for item in items):
+        return {}
+    found: dict[str, Any] = {"sampling": _sampling(frames, None, spec).mode if frames is None else "middle"}
+    if spec is not None:
+        per_frame = "one" if spec.frame_tiles == 1 else f"up to {spec.frame_tiles}"
+        found |= {
+            "formula": _sampling(frames, None, spec).formula,
+            "tiles_per_frame": per_frame,
+            "tokens_per_tile": spec.frame_rows,
+            "frame_tags": spec.frame_spelling.before,
+        }
+    if bench.folder_fps is not None:
+        found["folder_fps"] = bench.folder_fps
+    if any(item.clip for item in items):
+        found["clips"] = sum(item.clip is not None for item in items)
+    if bench.subtitles:
+        names = sorted({item.subtitles for item in items if item.subtitles})
+        digest = hashlib.blake2b(digest_size=16)
+        for name in names:
+            digest.update(Path(name).read_bytes())
+        found["subtitles"] = {
+            "of": "frames",
+            "videos": len(names),
+            "without": len({item.video for item in items if not item.subtitles}),
+            "hash": digest.hexdigest(),
+        }
+    return found
+
+
+def _sampling(
+    frames: int | None, clip: tuple[float, float] | None, spec: Any, folder_fps: float | None = None
+) -> FrameSampling:
+    """As `LayoutSpec.frame_sampling` of the part that `messages_of` writes."""
+    asked: dict[str, Any] = {} if frames is None else {"mode": "middle", "frames": frames}
+    if clip is not None:
+        asked["clip"] = clip
+    if folder_fps is not None:
+        asked["folder_fps"] = folder_fps
+    return FrameSampling(**asked) if spec is None else spec.frame_sampling(Part("video", "", asked))
+
+
+def _said(item: Item, part: Mapping[str, Any], spec: Any) -> str:
+    """The subtitles of the frames that will be taken; only time stamps of the video are read."""
+    try:
+        lines = read_subtitles(item.subtitles or "")
+        sampling = _sampling(part.get("frames"), item.clip, spec, part.get("folder_fps"))
+        with open_video(item.video or "", folder_fps=sampling.folder_fps) as video:
+            times = [video.times[index] for index in video.plan(sampling)]
+    except ChiasmError as error:
+        raise type(error)(f"{item.where}: {error}") from error
+    return shown_at(lines, times)
 
 
 def _open(item: Item, source: Any, orient: bool) -> Image:

@@ -17,6 +17,9 @@ __all__ = ["BENCHES", "COT_TOKENS", "Bench", "get_bench"]
 COT_TOKENS = 4096
 """Limit of a chain of thought."""
 
+VIDEO_FRAMES = 16
+"""Frames of a video unless told otherwise: InternVL 2's number for MVBench. PVC's published numbers took 96 there."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bench:
@@ -32,6 +35,8 @@ class Bench:
         max_new_tokens: limit of a direct answer.
         frames: frames of a video; None where there are only pictures.
         prefer: spellings of the question's field to be looked for first.
+        folder_fps: frames a second of a video that lies as a folder of frames (MVBench's from TVQA: 3); None for 1.
+        subtitles: show the subtitles of the frames that are taken (those of a whole video where all are), as the hint.
         upscale: enlargement of the first picture before tiling in mode "original" (MMMU's released script).
     """
 
@@ -45,6 +50,8 @@ class Bench:
     max_new_tokens: int = 100
     frames: int | None = None
     prefer: tuple[str, ...] = ()
+    folder_fps: float | None = None
+    subtitles: bool = False
     upscale: int = 1
 
     def __post_init__(self) -> None:
@@ -94,6 +101,20 @@ def _choice(name: str, title: str, scorer: str = "choice", prompt: str = "choice
 
 def _caption(name: str, title: str) -> Bench:
     return Bench(name=name, title=title, scorer="caption", prompt="caption", max_new_tokens=30)
+
+
+def _video_choice(name: str, title: str, *, subtitles: bool = False) -> Bench:
+    more = "_subtitles" if subtitles else ""
+    return Bench(
+        name=name,
+        title=title,
+        scorer="choice",
+        prompt=f"choice{more}",
+        cot=f"cot_choice{more}",
+        max_new_tokens=30,
+        frames=VIDEO_FRAMES,
+        subtitles=subtitles,
+    )
 
 
 _ALL = (
@@ -177,17 +198,27 @@ _ALL = (
         prompt="mvbench",
         cot="cot_choice",
         max_new_tokens=100,
-        frames=16,
+        frames=VIDEO_FRAMES,
+        folder_fps=3.0,
     ),
+    _video_choice("videomme", "Video-MME, without subtitles"),
+    _video_choice("videomme_subs", "Video-MME, with subtitles", subtitles=True),
+    _video_choice("mlvu", "MLVU, multiple choice"),
+    _video_choice("longvideobench", "LongVideoBench, without subtitles"),
+    _video_choice("longvideobench_subs", "LongVideoBench, with subtitles", subtitles=True),
+    _video_choice("nextqa", "NExT-QA, multiple choice"),
+    _video_choice("egoschema", "EgoSchema"),
+    _video_choice("perceptiontest", "Perception Test, multiple choice"),
+    # Published numbers are a language model's judgement of the replies; these are equal texts.
     Bench(
-        name="video_mcq",
-        title="any multiple-choice file about videos",
-        scorer="choice",
-        prompt="choice",
-        cot="cot_choice",
-        max_new_tokens=30,
-        frames=16,
+        name="activitynetqa",
+        title="ActivityNet-QA (equal texts, no judge)",
+        scorer="match",
+        prompt="short",
+        cot="cot_short",
+        frames=VIDEO_FRAMES,
     ),
+    _video_choice("video_mcq", "any multiple-choice file about videos"),
     _caption("coco_caption", "COCO captions"),
     _caption("flickr30k", "Flickr30k captions"),
 )

@@ -1,11 +1,12 @@
-"""Benchmarks in one file: VLMEvalKit's TSV, JSONL, JSON, parquet.
+"""Benchmarks in one file: VLMEvalKit's TSV, NExT-QA's CSV, JSONL, JSON, parquet.
 
 - TSV: first row names the columns; "image" holds base64, a list of base64 texts, or (64 characters at most) the
 index of
   the row that holds the picture; "image_path" a path or list. Pictures are not kept in memory: an item knows the
   bytes of the file where its row stands, and reads them again when it is asked.
-- JSONL: one object a line. JSON: an array of objects, {"questions": […]}, {id: object}, or COCO's {"images": […],
-  "annotations": […]}, where the captions of a picture are its answers.
+- CSV: the same with commas.
+- JSONL: one object a line. JSON: an array of objects, {"questions": […]}, {id: object}, PerceptionTest's {video:
+  {"mc_question": […]}}, or COCO's {"images": […], "annotations": […]}, where the captions of a picture are its answers.
 - Parquet (extra ``data``): MMMU's and MathVista's columns.
 
 Everything wrong is a DataError with file and line (or row).
@@ -136,13 +137,18 @@ def _decode(text: Any, where: str) -> bytes:
     return raw
 
 
+def _mark(path: Path) -> str:
+    """What stands between the cells of a table."""
+    return "," if path.suffix.lower() == ".csv" else "\t"
+
+
 def _cell(path: Path, row: _Row, column: str) -> str:
     """One cell of a row, read again from the file."""
     header = next(_tsv_records(path))[2]
     with path.open("rb") as file:
         file.seek(row.first)
         raw = file.read(row.last - row.first)
-    cells = next(_records([raw.decode("utf-8")], row.where))
+    cells = next(_records([raw.decode("utf-8")], row.where, _mark(path)))
     return cells[header.index(column)]
 
 
@@ -183,15 +189,15 @@ def _tsv_records(path: Path) -> Iterator[tuple[int, tuple[int, int], list[str]]]
                 yield text.removeprefix("\ufeff") if place[1] == 1 else text
 
     first, line = 0, 1
-    for cells in _records(lines(), path.name):
+    for cells in _records(lines(), path.name, _mark(path)):
         if cells:
             yield line, (first, place[0]), cells
         first, line = place[0], place[1] + 1
 
 
-def _records(lines: Any, where: str) -> Iterator[list[str]]:
+def _records(lines: Any, where: str, mark: str = "\t") -> Iterator[list[str]]:
     """Cells of each record. The csv module's limit on cells belongs to the process: it is lifted for each step only."""
-    reader = csv.reader(iter(lines), delimiter="\t", strict=True)
+    reader = csv.reader(iter(lines), delimiter=mark, strict=True)
     while True:
         before = csv.field_size_limit(_LONGEST)
         try:
@@ -268,7 +274,7 @@ def read_json(
         pairs = (
             [(f"{path.name}[{n}]", str(n), record) for n, record in enumerate(listed)]
             if listed is not None
-            else [(f"{path.name}[{key!r}]", str(key), record) for key, record in whole.items()]
+            else list(_by_key(whole, path.name))
         )
     elif isinstance(whole, list):
         pairs = [(f"{path.name}[{n}]", str(n), record) for n, record in enumerate(whole)]
@@ -276,6 +282,20 @@ def read_json(
         raise DataError(f"{path.name} must hold a list or an object, not {type(whole).__name__}")
     for where, key, record in pairs:
         yield from_record(record, where=where, key=key, root=root, prefer=prefer, category=category)
+
+
+def _by_key(whole: Mapping[str, Any], name: str) -> Iterator[tuple[str, str, Any]]:
+    """{id: object}; of PerceptionTest each question of a video."""
+    for key, record in whole.items():
+        listed = record.get("mc_question") if isinstance(record, Mapping) else None
+        if not isinstance(listed, list):
+            yield f"{name}[{key!r}]", str(key), record
+            continue
+        for n, question in enumerate(listed):
+            where = f"{name}[{key!r}].mc_question[{n}]"
+            if not isinstance(question, Mapping):
+                raise DataError(f"{where} must be an object, not {type(question).__name__}")
+            yield where, f"{key}_{n}", {"video_name": str(key), **question}
 
 
 def _coco(whole: Mapping[str, Any], path: Path, root: Path | None) -> Iterator[Item]:

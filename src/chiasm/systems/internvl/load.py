@@ -6,7 +6,6 @@ built on the meta device, so loading needs the memory of the weights and little 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,45 +13,31 @@ from typing import Any
 
 import torch
 
-from chiasm.checkpoint.adapters import OpenedCheckpoint, load_into, open_checkpoint
+from chiasm.checkpoint.adapters import OpenedCheckpoint, open_checkpoint
 from chiasm.checkpoint.config import InternVLPublicConfig
 from chiasm.checkpoint.preprocess import read_tile_policy
 from chiasm.checkpoint.store import CONFIG
 from chiasm.checkpoint.vocab import check_rows
 from chiasm.data.layout import LayoutSpec
-from chiasm.errors import ConfigError, TemplateError
+from chiasm.errors import TemplateError
 from chiasm.media.tiles import TilePolicy
-from chiasm.model.causal import CausalVLM
 from chiasm.model.chat import ChatModel
-from chiasm.model.placement import Placement, place
-from chiasm.model.quantize import Quantization, Rounding
+from chiasm.model.loading import has_bfloat16, load_weights, resolve_dtype
 from chiasm.parts.language.config import LanguageConfig
 from chiasm.systems.internvl.config import InternVLConfig
 from chiasm.systems.internvl.model import build_internvl, build_language_model
 from chiasm.text.templates import get_template
 from chiasm.text.tokenizer import Tokenizer
 
-_log = logging.getLogger("chiasm.load")
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def resolve_dtype(dtype: str | torch.dtype | None, stored: str | None = None) -> torch.dtype:
-    """What to compute in: the caller's wish, else what the checkpoint was saved in, else float32.
-
-    Raises ConfigError for a name that is not one of float32, bfloat16, float16, auto.
-    """
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    name = dtype if dtype not in (None, "auto") else stored or "float32"
-    if name not in DTYPES:
-        raise ConfigError(f"dtype {name!r} is not known: use {', '.join(DTYPES)} or auto")
-    return DTYPES[name]
-
-
-def has_bfloat16(device: torch.device) -> bool:
-    """Whether a device computes in bfloat16 itself. Before Ampere (8.0), NVIDIA's GPUs at most imitate it."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
+__all__ = [
+    "Outline",
+    "config_from_public",
+    "has_bfloat16",
+    "load_folder",
+    "outline",
+    "resolve_dtype",
+    "spec_from_config",
+]
 
 
 def config_from_public(
@@ -120,30 +105,16 @@ def load_folder(
                 model = build_internvl(found.config)
             else:
                 model = build_language_model(found.config)
-        _only_words(model, found.used)
-        how = None if quantize is None else Quantization.parse(quantize)
-        rounding = None if how is None else Rounding(model, how)
-        chosen = resolve_dtype(dtype, found.dtype)
-        several = () if isinstance(device, str | torch.device) else tuple(device)
-        where: Any = several[0] if several else torch.device(device)  # type: ignore[arg-type]
-        if dtype in (None, "auto") and chosen == torch.bfloat16:
-            unable = [d for d in several or (where,) if not has_bfloat16(d)]
-            if unable:
-                _log.info("computing in float16: %s has no bfloat16", unable[0])
-                chosen = torch.float16
-        if len(several) > 1:
-            where = Placement(model, several, chosen, weight_bytes=how.weight_bytes if how else None)
-            place(model, where)
-        load_into(
+        load_weights(
             model,
             opened.reader,
             opened.adapter,
-            dtype=chosen,
-            device=where,
-            loaded=None if rounding is None else rounding.layer,
+            used=found.used,
+            dtype=dtype,
+            stored=found.dtype,
+            device=device,
+            quantize=quantize,
         )
-        if rounding is not None:
-            rounding.finish()
     return ChatModel(model, found.spec, name=Path(folder).name, deterministic=deterministic)
 
 
@@ -207,8 +178,3 @@ def spec_from_config(
         max_length=config.language.max_positions,
         system=config.system if system is None else system,
     )
-
-
-def _only_words(model: CausalVLM, used: int) -> None:
-    """Keep the padding rows after the tokenizer's `used` ids from being written."""
-    model.head.used = used  # type: ignore[assignment]
