@@ -24,6 +24,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from chiasm.data.mixture import Draw, derive_seed
@@ -41,9 +42,12 @@ from chiasm.systems.pvc.config import PVCConfig, downsample_for
 from chiasm.systems.pvc.model import PVCEmbedder, build_pvc
 from chiasm.systems.pvc.rig_worlds import (
     ANSWERS,
+    CELLS,
     FRAMES,
     QUESTIONS,
     SIDE,
+    SPRITE,
+    STEPS,
     Items,
     answers_of,
     items,
@@ -65,11 +69,19 @@ __all__ = [
     "rig_recipe",
 ]
 
-MEDIA, ASKED, SAID = 0, 1, 1 + len(QUESTIONS)
+MOTION = ("direction", "cell", "turns")
+"""Kinds of questions about the square, as they follow those about digits in `QUESTIONS`."""
+DIGITS = len(QUESTIONS) - len(MOTION)
+MOMENTS = tuple((kind, t) for kind in MOTION for t in range(FRAMES) if kind == "cell" or t)
+"""Questions about the square in the order of their rows: where it is in frame t, where it goes, how often it has turned.
+Those about the last frame are the questions of `rig_worlds`; the others make every clip teach more."""
+ASKED_OF = {"still": DIGITS, "clip": DIGITS + len(MOMENTS)}
+"""Task -> questions about each item."""
+MEDIA, ASKED, SAID = 0, 1, 1 + ASKED_OF["clip"]
 """Words: the placeholder of media, the first question, the first answer."""
 WORDS = SAID + len(ANSWERS)
-MOTION = ("direction", "cell", "turns")
-DIGITS = len(QUESTIONS) - len(MOTION)
+TIME_SCALE = 20.0
+"""Learning rate of what knows the time, in that of the rest: it starts as nothing, and has little time."""
 
 
 class NarrowProjector(ConditionedProjector):
@@ -139,6 +151,7 @@ class RigModel:
         narrow, noise: of the bottleneck, see `NarrowProjector`.
         ffn: width of the encoder's feed-forwards.
         parameters: when set, `ffn` follows from it: the width whose number of parameters comes nearest.
+        start: a safetensors file with first weights, by their names.
     """
 
     vision_width: int = 64
@@ -152,10 +165,11 @@ class RigModel:
     timed: bool = True
     pool: int = 1
     views: str = "same"
-    narrow: int = 8
+    narrow: int = 16
     noise: float = 0.1
-    ffn: int = 256
+    ffn: int = 128
     parameters: int = 0
+    start: str = ""
 
     @property
     def config(self) -> PVCConfig:
@@ -199,7 +213,17 @@ class RigModel:
 
     def build(self) -> CausalVLM:
         """Return the model."""
-        return _assembled(self, torch.Generator().manual_seed(torch.initial_seed()))
+        random = torch.Generator().manual_seed(torch.initial_seed())
+        model = _assembled(self, random)
+        # Deviations of 0.02 are for widths of a thousand: a small model would spend its training on growing its weights.
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear | nn.Conv2d) and not name.endswith("modulation"):
+                nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5, generator=random)
+        nn.init.normal_(model.embedder.words.weight, std=self.width**-0.5, generator=random)  # type: ignore[union-attr]
+        if self.start:
+            # Tied words have one name in the file.
+            model.load_state_dict(load_file(self.start), strict=False)
+        return model
 
 
 def _assembled(spec: RigModel, random: torch.Generator | None) -> CausalVLM:
@@ -222,10 +246,6 @@ def _assembled(spec: RigModel, random: torch.Generator | None) -> CausalVLM:
         embedder.pool = spec.pool
     embedder.vision.chunked(None)
     model.embedder = embedder
-    if embedder.vision.time is not None:
-        # At this width, deviations of 0.02 would make times that no modulation reads before the training ends.
-        for linear in (embedder.vision.time.fc1, embedder.vision.time.fc2):
-            nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
     return model
 
 
@@ -344,7 +364,6 @@ class RigSource:
         return replace(
             plan.empty,
             labels_T=labels_T,
-            weight_T=torch.where(labels_T == IGNORE, 0.0, plan.weight_T),
             media=media,
             spans=plan.spans,
         )
@@ -355,9 +374,17 @@ def _answers(made: Items, task: str) -> np.ndarray:
     digits_NQ = made.digits_NRC.reshape(len(made), -1) + SAID + answers_of("digit").start
     if task == "still":
         return digits_NQ
-    every = ways()
-    facts = {"direction": every.direction_W, "cell": every.cell_W, "turns": every.turns_W}
-    told = [SAID + answers_of(kind).start + facts[kind][made.way_N] for kind in MOTION]
+    x_NT, y_NT = np.moveaxis(ways().place_WT2[made.way_N], -1, 0)
+    step_NT2 = np.diff(np.stack([x_NT, y_NT], -1), axis=1)
+    side = SIDE // CELLS // SPRITE
+    going_NT = (step_NT2[:, :, None] == STEPS).all(-1).argmax(-1)  # from frame t to t + 1
+    turned_NT = np.diff(going_NT, axis=1, prepend=going_NT[:, :1]) != 0
+    facts = {
+        "direction": np.pad(going_NT, ((0, 0), (1, 0))),
+        "cell": CELLS * (y_NT // side) + x_NT // side,
+        "turns": np.pad(turned_NT.cumsum(1), ((0, 0), (1, 0))),
+    }
+    told = [SAID + answers_of(kind).start + facts[kind][:, t] for kind, t in MOMENTS]
     return np.concatenate([digits_NQ, np.stack(told, 1)], 1)
 
 
@@ -379,13 +406,11 @@ class _Plan:
 
     Attributes:
         empty: the sequence without media and labels.
-        weight_T: digits together weigh as much as the questions about the square together.
         spans: as of the sequence.
         rows_NQ: task -> rows of the questions of its documents.
     """
 
     empty: Row
-    weight_T: Tensor
     spans: tuple[Span, ...]
     rows_NQ: dict[str, Tensor]
 
@@ -398,9 +423,8 @@ class _Plan:
 @lru_cache(maxsize=64)
 def _plan(tasks: tuple[str, ...], repeats: int, frames: int, tokens: int) -> _Plan:
     shown = {"still": repeats, "clip": frames}
-    questions = {"still": DIGITS, "clip": len(QUESTIONS)}
     media_N = torch.tensor([shown[task] * tokens for task in tasks])
-    asked_N = torch.tensor([questions[task] for task in tasks])
+    asked_N = torch.tensor([ASKED_OF[task] for task in tasks])
     length_N = media_N + asked_N
     start_N = length_N.cumsum(0) - length_N
     doc_T = torch.arange(len(tasks)).repeat_interleave(length_N)
@@ -408,7 +432,6 @@ def _plan(tasks: tuple[str, ...], repeats: int, frames: int, tokens: int) -> _Pl
     question_T = pos_T - media_N[doc_T]
     clip_T = torch.tensor([task == "clip" for task in tasks])[doc_T]
     kind_T = torch.where(question_T >= 0, TEXT, torch.where(clip_T, VIDEO, IMAGE))
-    weight_T = torch.where(question_T < DIGITS, 1 / DIGITS, 1 / len(MOTION))
     spans: list[Span] = []
     count = {"still": 0, "clip": 0}
     for task, start in zip(tasks, start_N.tolist(), strict=True):
@@ -430,10 +453,9 @@ def _plan(tasks: tuple[str, ...], repeats: int, frames: int, tokens: int) -> _Pl
             doc_T=doc_T.to(torch.int32),
             pos_T=pos_T.float(),
         ),
-        weight_T=torch.where(question_T < 0, 0.0, weight_T),
         spans=tuple(spans),
         rows_NQ={
-            task: ((question_T >= 0) & (clip_T == (task == "clip"))).nonzero().view(-1, questions[task])
+            task: ((question_T >= 0) & (clip_T == (task == "clip"))).nonzero().view(-1, ASKED_OF[task])
             for task in set(tasks)
         },
     )
@@ -448,7 +470,7 @@ def rig_recipe(
     """Return the run: Muon for the layers' matrices, AdamW for the rest, short warm-up, cosine to zero."""
     groups = [Group(pattern="*layers.*", optimizer="muon", lr_scale=8.0)]
     if model.timed:
-        groups += [Group(pattern=f"*{name}*", lr_scale=3.0) for name in ("time", "modulation")]
+        groups += [Group(pattern=f"*{name}*", lr_scale=TIME_SCALE) for name in ("time", "modulation")]
     return Recipe(
         name="rig",
         model=model,
@@ -510,6 +532,7 @@ def accuracies(
         return {"digits": detail}
     out = {"detail": detail}
     for n, kind in enumerate(MOTION, DIGITS):
-        out[kind] = float(right_NQ[source.asked[task] == n, n].float().mean())
+        last = DIGITS + MOMENTS.index((kind, FRAMES - 1))
+        out[kind] = float(right_NQ[source.asked[task] == n, last].float().mean())
     motion = sum(out[kind] for kind in MOTION) / len(MOTION)
     return out | {"motion": motion, "both": (detail + motion) / 2}
