@@ -47,6 +47,7 @@ from chiasm.systems.pvc.rig_worlds import (
     QUESTIONS,
     SIDE,
     SPRITE,
+    SQUARE,
     STEPS,
     Items,
     answers_of,
@@ -72,12 +73,9 @@ __all__ = [
 MOTION = ("direction", "cell", "turns")
 """Kinds of questions about the square, as they follow those about digits in `QUESTIONS`."""
 DIGITS = len(QUESTIONS) - len(MOTION)
-MOMENTS = tuple((kind, t) for kind in MOTION for t in range(FRAMES) if kind == "cell" or t)
-"""Questions about the square in the order of their rows: where it is in frame t, where it goes, how often it has turned.
-Those about the last frame are the questions of `rig_worlds`; the others make every clip teach more."""
-ASKED_OF = {"still": DIGITS, "clip": DIGITS + len(MOMENTS)}
-"""Task -> questions about each item."""
-MEDIA, ASKED, SAID = 0, 1, 1 + ASKED_OF["clip"]
+SHARES = (0.25, 0.5, 0.25)
+"""Of the loss about the square, which weighs as much as that of the page: where it is must be learned first."""
+MEDIA, ASKED, SAID = 0, 1, 1 + len(QUESTIONS)
 """Words: the placeholder of media, the first question, the first answer."""
 WORDS = SAID + len(ANSWERS)
 TIME_SCALE = 20.0
@@ -219,6 +217,7 @@ class RigModel:
         for name, module in model.named_modules():
             if isinstance(module, nn.Linear | nn.Conv2d) and not name.endswith("modulation"):
                 nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5, generator=random)
+        nn.init.normal_(model.embedder.vision.position_embedding, std=0.5, generator=random)  # type: ignore[union-attr]
         nn.init.normal_(model.embedder.words.weight, std=self.width**-0.5, generator=random)  # type: ignore[union-attr]
         if self.start:
             # Tied words have one name in the file.
@@ -282,8 +281,12 @@ class RigData:
         tokens: K of the model that will read them.
         repeats: of a page.
         varied: while training, each batch has its own number of repeats, 1 to `repeats`, evenly.
+        cut: while training, each batch has clips of its own length: all frames, the first half, the first quarter, …
+            down to one window, evenly.
         frames: of a clip that are shown, the last of each of so many equal parts.
-        blank: 0 to 3 quarters of a page, evenly, are blank and not asked about.
+        window: shown frames behind which the square is asked about, of the clip so far.
+        full: share of the pages that are full; the others have up to three quarters (of a still page at least one), the
+            rest being blank and not asked about.
     """
 
     tasks: Mapping[str, float]
@@ -293,12 +296,20 @@ class RigData:
     tokens: int = 1
     repeats: int = 4
     varied: bool = False
+    cut: bool = False
     frames: int = FRAMES
-    blank: bool = False
+    window: int = 1
+    full: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 1 <= self.frames <= FRAMES or FRAMES % self.frames:
-            raise ConfigError(f"frames is {self.frames}: {FRAMES} frames must be a multiple of it")
+        for name, whole, part in (("frames", FRAMES, self.frames), ("window", self.frames, self.window)):
+            if part < 1 or whole % part:
+                raise ConfigError(f"{name} is {part}: {whole} frames must be a multiple of it")
+
+    @property
+    def shown(self) -> list[int]:
+        """The frames of a clip that are shown."""
+        return [(n + 1) * FRAMES // self.frames - 1 for n in range(self.frames)]
 
     def open(self) -> RigSource:
         """Return the source."""
@@ -318,13 +329,12 @@ class RigSource:
         """Task -> (N,) int64: the question whose answers are even, a place in `QUESTIONS`."""
         for task in data.tasks:
             made = items(task, data.split, data.seed, 0, data.size, questions=MOTION)
-            words_NQ = _answers(made, task)
-            shown = np.arange(1, data.frames + 1) * FRAMES // data.frames - 1 if task == "clip" else [0]
-            frames_NTSS = made.frames_NTHW[:, shown]
-            if task == "still" and data.blank:
-                seen_NSS, told_NQ = _quarters(data)
-                frames_NTSS = frames_NTSS * seen_NSS[:, None]
-                words_NQ = np.where(told_NQ, words_NQ, IGNORE)
+            words_NQ = _answers(made, task, data.shown[data.window - 1 :: data.window])
+            frames_NTSS = made.frames_NTHW[:, data.shown if task == "clip" else [0]]
+            if data.full < 1:
+                seen_NSS, told_NQ = _quarters(data, task)
+                frames_NTSS = np.where(seen_NSS[:, None] | (frames_NTSS == SQUARE), frames_NTSS, 0)
+                words_NQ[:, :DIGITS] = np.where(told_NQ, words_NQ[:, :DIGITS], IGNORE)
             self.frames[task] = torch.from_numpy(np.ascontiguousarray(frames_NTSS))
             self.answers[task] = torch.from_numpy(words_NQ)
             self.asked[task] = torch.from_numpy(made.question_N)
@@ -344,33 +354,49 @@ class RigSource:
         repeats = self.data.repeats
         if self.data.varied:
             repeats = int(torch.randint(1, repeats + 1, (), generator=random))
-        return self.batch(draws, repeats)
+        frames = self.data.frames
+        if self.data.cut:
+            halvings = (frames // self.data.window).bit_length()
+            frames >>= int(torch.randint(halvings, (), generator=random))
+        return self.batch(draws, repeats, frames)
 
-    def batch(self, draws: Sequence[Draw], repeats: int | None = None) -> Row:
-        """Return the draws as one packed sequence, with so many repeats of its pages (None: the data's)."""
-        tasks = tuple(task for task, _ in draws)
-        plan = _plan(tasks, repeats or self.data.repeats, self.data.frames, self.data.tokens)
+    def plan(
+        self, tasks: tuple[str, ...], repeats: int | None = None, frames: int | None = None
+    ) -> _Plan:
+        """What batches of these tasks have in common, in this order."""
+        d = self.data
+        return _plan(tasks, repeats or d.repeats, frames or d.frames, d.window, d.tokens)
+
+    def batch(self, draws: Sequence[Draw], repeats: int | None = None, frames: int | None = None) -> Row:
+        """Return the draws as one packed sequence, with so many repeats of a page and frames of a clip (None: all)."""
+        tasks, frames = tuple(task for task, _ in draws), frames or self.data.frames
+        plan = self.plan(tasks, repeats, frames)
         index = {task: torch.tensor([i for t, i in draws if t == task]) for task in sorted(set(tasks))}
-        labels_T = torch.full_like(plan.ids_T, IGNORE)
+        labels_T = torch.full_like(plan.empty.ids_T, IGNORE)
         for task, own in index.items():
-            labels_T[plan.rows_NQ[task]] = self.answers[task][own]
+            rows_NQ = plan.rows_NQ[task]
+            labels_T[rows_NQ] = self.answers[task][own, : rows_NQ.shape[1]]
         media = {}
         for task, name in (("still", "image"), ("clip", "video")):
             if task in index:
-                grey_FSS = self.frames[task][index[task]].flatten(0, 1)
-                times_F = torch.arange(self.data.frames, dtype=torch.float32).repeat(len(index[task]))
+                grey_FSS = self.frames[task][index[task], :frames].flatten(0, 1)
+                times_F = torch.arange(frames, dtype=torch.float32).repeat(len(index[task]))
                 colour_F3SS = grey_FSS[:, None].expand(-1, 3, -1, -1)
                 media[name] = MediaBatch(colour_F3SS, times_F if task == "clip" else None)
         return replace(
             plan.empty,
             labels_T=labels_T,
+            weight_T=torch.where(labels_T == IGNORE, 0.0, plan.weight_T),
             media=media,
             spans=plan.spans,
         )
 
 
-def _answers(made: Items, task: str) -> np.ndarray:
-    """(N, Q): the word that answers each question about each item; pages have no questions about the square."""
+def _answers(made: Items, task: str, moments: Sequence[int]) -> np.ndarray:
+    """(N, Q): the word that answers each question about each item: digits, then of clips the square at each moment.
+
+    In its first frame the square has no direction, and it has not turned.
+    """
     digits_NQ = made.digits_NRC.reshape(len(made), -1) + SAID + answers_of("digit").start
     if task == "still":
         return digits_NQ
@@ -384,15 +410,21 @@ def _answers(made: Items, task: str) -> np.ndarray:
         "cell": CELLS * (y_NT // side) + x_NT // side,
         "turns": np.pad(turned_NT.cumsum(1), ((0, 0), (1, 0))),
     }
-    told = [SAID + answers_of(kind).start + facts[kind][:, t] for kind, t in MOMENTS]
+    told = [
+        np.full(len(made), IGNORE) if t == 0 and kind != "cell" else SAID + answers_of(kind).start + facts[kind][:, t]
+        for t in moments
+        for kind in MOTION
+    ]
     return np.concatenate([digits_NQ, np.stack(told, 1)], 1)
 
 
-def _quarters(data: RigData) -> tuple[np.ndarray, np.ndarray]:
-    """Which pixels (N, S, S) and which cells (N, Q) of the pages are there: one to four quarters of each page."""
-    random = np.random.Generator(np.random.PCG64(derive_seed(data.seed, "pvc", "blank", data.split)))
+def _quarters(data: RigData, task: str) -> tuple[np.ndarray, np.ndarray]:
+    """Which pixels (N, S, S) and which cells (N, Q) of the pages are there."""
+    random = np.random.Generator(np.random.PCG64(derive_seed(data.seed, "pvc", "quarters", task, data.split)))
     rank_N4 = random.random((data.size, 4)).argsort(1)
-    there_N22 = (rank_N4 < random.integers(1, 5, (data.size, 1))).reshape(-1, 2, 2)
+    some_N1 = random.integers(int(task == "still"), 4, (data.size, 1))
+    count_N1 = np.where(random.random((data.size, 1)) < data.full, 4, some_N1)
+    there_N22 = (rank_N4 < count_N1).reshape(-1, 2, 2)
 
     def spread(side: int) -> np.ndarray:
         return there_N22.repeat(side // 2, 1).repeat(side // 2, 2)
@@ -406,59 +438,72 @@ class _Plan:
 
     Attributes:
         empty: the sequence without media and labels.
+        weight_T: of the loss; a clip's digits together weigh as much as its questions about the square together.
         spans: as of the sequence.
         rows_NQ: task -> rows of the questions of its documents.
     """
 
     empty: Row
+    weight_T: Tensor
     spans: tuple[Span, ...]
     rows_NQ: dict[str, Tensor]
 
-    @property
-    def ids_T(self) -> Tensor:
-        """The words."""
-        return self.empty.ids_T
-
 
 @lru_cache(maxsize=64)
-def _plan(tasks: tuple[str, ...], repeats: int, frames: int, tokens: int) -> _Plan:
-    shown = {"still": repeats, "clip": frames}
-    media_N = torch.tensor([shown[task] * tokens for task in tasks])
-    asked_N = torch.tensor([ASKED_OF[task] for task in tasks])
-    length_N = media_N + asked_N
-    start_N = length_N.cumsum(0) - length_N
-    doc_T = torch.arange(len(tasks)).repeat_interleave(length_N)
-    pos_T = torch.arange(int(length_N.sum())) - start_N[doc_T]
-    question_T = pos_T - media_N[doc_T]
-    clip_T = torch.tensor([task == "clip" for task in tasks])[doc_T]
-    kind_T = torch.where(question_T >= 0, TEXT, torch.where(clip_T, VIDEO, IMAGE))
+def _plan(tasks: tuple[str, ...], repeats: int, frames: int, window: int, tokens: int) -> _Plan:
+    documents = {task: _document(task, repeats, frames, window, tokens) for task in set(tasks)}
+    weight_W = np.ones(WORDS, np.float32)
+    weight_W[ASKED + DIGITS : SAID] = np.array(SHARES) * DIGITS / (frames // window)
+    ids_N = [documents[task][0] for task in tasks]
+    length_N = np.array([len(ids) for ids in ids_N])
+    start_N = length_N.cumsum() - length_N
+    ids_T = np.concatenate(ids_N)
+    doc_T = np.arange(len(tasks)).repeat(length_N)
+    seen_T = np.array([IMAGE if task == "still" else VIDEO for task in tasks])[doc_T]
+    rows_NQ: dict[str, list[np.ndarray]] = {task: [] for task in documents}
     spans: list[Span] = []
-    count = {"still": 0, "clip": 0}
+    items_of, groups = {"image": 0, "video": 0}, 0
     for task, start in zip(tasks, start_N.tolist(), strict=True):
-        n = count[task]
-        count[task] += 1
-        if task == "still":
-            rows = repeats * tokens
-            spans.append(Span(media="image", start=start, length=rows, first=n, items=1, repeats=repeats))
-            continue
-        for t in range(frames):
-            at = start + t * tokens
-            spans.append(
-                Span(media="video", start=at, length=tokens, first=n * frames + t, items=1, group=n)
-            )
+        _, asked_Q, own = documents[task]
+        rows_NQ[task].append(start + asked_Q)
+        spans += [span.shifted(start, items_of[span.media], groups) for span in own]
+        items_of[own[0].media] += len(own)
+        groups += task == "clip"
     return _Plan(
         empty=Row(
-            ids_T=torch.where(question_T < 0, MEDIA, ASKED + question_T),
-            kind_T=kind_T.to(torch.int8),
-            doc_T=doc_T.to(torch.int32),
-            pos_T=pos_T.float(),
+            ids_T=torch.from_numpy(ids_T),
+            kind_T=torch.from_numpy(np.where(ids_T == MEDIA, seen_T, TEXT).astype(np.int8)),
+            doc_T=torch.from_numpy(doc_T.astype(np.int32)),
+            pos_T=torch.from_numpy((np.arange(len(ids_T)) - start_N[doc_T]).astype(np.float32)),
         ),
+        weight_T=torch.from_numpy(weight_W[ids_T]),
         spans=tuple(spans),
-        rows_NQ={
-            task: ((question_T >= 0) & (clip_T == (task == "clip"))).nonzero().view(-1, ASKED_OF[task])
-            for task in set(tasks)
-        },
+        rows_NQ={task: torch.from_numpy(np.stack(rows)) for task, rows in rows_NQ.items()},
     )
+
+
+def _document(
+    task: str, repeats: int, frames: int, window: int, tokens: int
+) -> tuple[np.ndarray, np.ndarray, tuple[Span, ...]]:
+    """One document of a task: its words, the rows of its questions in the order of the answers, its spans.
+
+    Digits are asked behind everything, the square right behind the moment that is asked about.
+    """
+    digits, motion = range(ASKED, ASKED + DIGITS), range(ASKED + DIGITS, SAID)
+    if task == "still":
+        rows = repeats * tokens
+        span = Span(media="image", start=0, length=rows, first=0, items=1, repeats=repeats)
+        return np.array([MEDIA] * rows + [*digits]), rows + np.arange(DIGITS), (span,)
+    words: list[int] = []
+    asked: list[int] = []
+    spans: list[Span] = []
+    for t in range(frames):
+        spans.append(Span(media="video", start=len(words), length=tokens, first=t, items=1, group=0))
+        words += [MEDIA] * tokens
+        if t % window == window - 1:
+            asked += range(len(words), len(words) + len(motion))
+            words += motion
+    return np.array([*words, *digits]), np.array([*range(len(words), len(words) + DIGITS), *asked]), tuple(spans)
 
 
 # --- training -----------------------------------------------------------------------------------------------
@@ -518,12 +563,7 @@ def accuracies(
             draws = [(task, n) for n in range(low, min(low + batch, size))]
             row = source.batch(draws, repeats)
             torch.manual_seed(derive_seed(source.data.seed, "noise", low))
-            rows_NQ = _plan(
-                tuple(t for t, _ in draws),
-                repeats or source.data.repeats,
-                source.data.frames,
-                source.data.tokens,
-            ).rows_NQ[task]
+            rows_NQ = source.plan((task,) * len(draws), repeats).rows_NQ[task]
             right.append(hits(model, row)[rows_NQ])
     right_NQ = torch.cat(right)
     told_NQ = source.answers[task] != IGNORE
@@ -532,7 +572,7 @@ def accuracies(
         return {"digits": detail}
     out = {"detail": detail}
     for n, kind in enumerate(MOTION, DIGITS):
-        last = DIGITS + MOMENTS.index((kind, FRAMES - 1))
+        last = n - DIGITS - len(MOTION)  # the last moment's questions are the last columns
         out[kind] = float(right_NQ[source.asked[task] == n, last].float().mean())
     motion = sum(out[kind] for kind in MOTION) / len(MOTION)
     return out | {"motion": motion, "both": (detail + motion) / 2}

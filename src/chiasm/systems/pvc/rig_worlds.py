@@ -43,6 +43,7 @@ __all__ = [
     "SIDE",
     "SPLITS",
     "SPRITE",
+    "SQUARE",
     "STEPS",
     "Items",
     "answers_of",
