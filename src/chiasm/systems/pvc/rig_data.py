@@ -63,7 +63,7 @@ class RigData:
         size: items of each task.
         tokens: K of the model that will read them.
         repeats: of a page.
-        varied: while training, each batch has its own number of repeats, 1 to `repeats`, evenly.
+        varied: while training, half of the batches have fewer repeats than `repeats`, 1 or more, evenly.
         cut: while training, each batch has clips of its own length: all frames, the first half, the first quarter, …
             down to one window, evenly.
         frames: of a clip that are shown, the last of each of so many equal parts.
@@ -136,7 +136,8 @@ class RigSource:
         """Return the draws as one packed sequence."""
         repeats = self.data.repeats
         if self.data.varied:
-            repeats = int(torch.randint(1, repeats + 1, (), generator=random))
+            fewer = int(torch.randint(1, max(2, repeats), (), generator=random))
+            repeats = fewer if torch.rand((), generator=random) < 0.5 else repeats
         frames = self.data.frames
         if self.data.cut:
             halvings = (frames // self.data.window).bit_length()

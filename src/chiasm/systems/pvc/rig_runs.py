@@ -1,8 +1,8 @@
 """What the arms of PVC's claims do: one function an experiment, from a ``Trial`` to its metrics.
 
 Source: PVC fact sheet, section 7. All training data is of the train split; what is measured is of the trial's own split
-(dev while tuning, test when confirming). All arms of all experiments have as many parameters as the PVC of the rig (`rig`),
-within two percent, and an experiment's arms have equal steps and pages or clips.
+(dev while tuning, test when confirming). The arms of an experiment have as many parameters as its largest, within two
+percent, and equal steps and pages or clips.
 """
 
 from __future__ import annotations
@@ -34,10 +34,13 @@ QUANTILES = (25, 50, 75)
 """Percent of the changes of training pages that lie below a threshold of `anytime`."""
 
 
-def model_of(trial: Trial, **more: Any) -> RigModel:
-    """The model of an arm: the rig's, smaller where the budget says so, with the parameters of its PVC."""
+def model_of(trial: Trial, *, largest: int = 4, **more: Any) -> RigModel:
+    """The model of an arm: the rig's, smaller where the budget says so, with the parameters of a PVC of K = `largest`.
+
+    The fewer the tokens the larger is the projector.
+    """
     base = RigModel(**{name: int(trial.budget[name]) for name in SIZES if name in trial.budget})
-    return replace(base, parameters=parameters_of(base), **more)
+    return replace(base, parameters=parameters_of(replace(base, tokens=largest)), **more)
 
 
 def _data(trial: Trial, tasks: Mapping[str, float], **more: Any) -> RigData:
@@ -77,7 +80,9 @@ def static_repeats(trial: Trial) -> dict[str, float]:
     data = _data(trial, {"still": 1}, **shape)
     trained = _train(trial, data, model)
     found = accuracies(trained, _held_out(trial, data), "still")
-    return found | {"spread": spread(trained, _held_out(trial, data, size=min(16, int(trial.budget["count"]))))}
+    return found | {
+        "spread": spread(trained, _held_out(trial, data, size=min(16, int(trial.budget["count"]))))
+    }
 
 
 # --- M2 -----------------------------------------------------------------------------------------------------
@@ -87,9 +92,7 @@ def video(trial: Trial) -> dict[str, float]:
     """Read the page behind the square of a clip, and follow the square, through 8 K tokens."""
     s = trial.arm.settings
     tokens, frames, pool = int(s["tokens"]), int(s["frames"]), int(s["pool"])
-    model = model_of(
-        trial, tokens=tokens, pool=pool, timed=bool(s["timed"]), attention=bool(s["attention"])
-    )
+    model = model_of(trial, tokens=tokens, pool=pool, timed=bool(s["timed"]), attention=bool(s["attention"]))
     data = _data(trial, {"clip": 1}, tokens=tokens, frames=frames, window=pool, cut=True)
     return accuracies(_train(trial, data, model), _held_out(trial, data), "clip")
 
@@ -113,7 +116,7 @@ def curve(trial: Trial) -> dict[str, float]:
     """Clips through so many tokens of so many frames; ``rows``: tokens in all."""
     tokens, frames = int(trial.arm.settings["tokens"]), int(trial.arm.settings["frames"])
     data = _data(trial, {"clip": 1}, tokens=tokens, frames=frames, cut=True)
-    trained = _train(trial, data, model_of(trial, tokens=tokens))
+    trained = _train(trial, data, model_of(trial, largest=1, tokens=tokens))
     return accuracies(trained, _held_out(trial, data), "clip") | {"rows": float(tokens * frames)}
 
 
