@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CLAIM_HOMES", "reproduce", "reproduce_command"]
 
-CLAIM_HOMES = {"internvl": "chiasm.systems.internvl.claims"}
+CLAIM_HOMES = {"internvl": "chiasm.systems.internvl.claims", "pvc": "chiasm.systems.pvc.claims"}
 """System -> module with its ``EXPERIMENTS``."""
 CHECK_SEED = 100
 """The seed of ``ci``: a tuning seed, so that mechanics are checked without a look at the test split."""
@@ -176,7 +176,7 @@ def _say(line: str) -> None:
 
 
 def reproduce_command(
-    system: Annotated[str, typer.Argument(help="Whose claims: internvl.", show_default=False)],
+    system: Annotated[str, typer.Argument(help="Whose claims: internvl or pvc.", show_default=False)],
     claim: Annotated[
         list[str] | None,
         typer.Option("--claim", help="A claim or experiment by id (repeatable); default all."),

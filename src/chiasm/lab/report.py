@@ -74,6 +74,8 @@ def compose(experiments: Sequence[Experiment], store: Store, module: Any = None)
         if experiment.id not in data["experiments"]:
             data["experiments"][experiment.id] = _experiment(experiment, store)
         data["claims"].append(_claim(experiment, claim, judgement, store.scale))
+    for experiment in experiments:  # those without claims are shown all the same: curves
+        data["experiments"].setdefault(experiment.id, _experiment(experiment, store))
     runs = [run for e in data["experiments"].values() for run in e["runs"]]
     data["cpu_seconds"] = round(sum(run["cpu_seconds"] for run in runs), 1)
     data["surroundings"] = _surroundings(runs)

@@ -36,11 +36,15 @@ from chiasm.errors import ConfigError, missing_extra
 
 __all__ = [
     "ANSWERS",
+    "CELLS",
     "CLIP_QUESTIONS",
     "FRAMES",
     "QUESTIONS",
     "SIDE",
     "SPLITS",
+    "SPRITE",
+    "SQUARE",
+    "STEPS",
     "Items",
     "answers_of",
     "items",
@@ -60,7 +64,8 @@ INK, SQUARE = 12, 255
 """Grey levels a step of ink (16 of them), and of the square, which nothing else reaches."""
 
 DIRECTIONS = ("right", "down", "left", "up")
-_STEPS = np.array([(1, 0), (0, 1), (-1, 0), (0, -1)])
+STEPS = np.array([(1, 0), (0, 1), (-1, 0), (0, -1)])
+"""(x, y) of each of `DIRECTIONS`, in places of the lattice."""
 
 QUESTIONS = (
     *(f"digit {row},{column}" for row, column in product(range(CELLS), repeat=2)),
@@ -160,7 +165,7 @@ def ways() -> Ways:
     )
     heading_B4S %= 4
     moved_B4T2 = np.zeros((B, 4, FRAMES, 2), np.int64)
-    moved_B4T2[:, :, 1:] = _STEPS[heading_B4S].cumsum(2)
+    moved_B4T2[:, :, 1:] = STEPS[heading_B4S].cumsum(2)
     place_WT2 = (starts_P2[:, None, None, None] + moved_B4T2).reshape(-1, FRAMES, 2)
     kept_W = ((place_WT2 >= 0) & (place_WT2 < LATTICE)).all((1, 2))
     place_WT2 = place_WT2[kept_W]
