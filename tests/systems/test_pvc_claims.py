@@ -18,7 +18,7 @@ from chiasm.data.sequence import Sequence as Row
 from chiasm.errors import ConfigError
 from chiasm.parts.vision.progressive import Clips
 from chiasm.systems.pvc import claims, rig, rig_runs
-from chiasm.systems.pvc.model import change
+from chiasm.systems.pvc.model import PVCEmbedder, change
 from chiasm.systems.pvc.plan import shots_of
 from chiasm.systems.pvc.rig import (
     NarrowProjector,
@@ -87,6 +87,7 @@ def test_a_batch_is_its_documents_packed(frames: int) -> None:
     assert whole.spans == parts.spans
     for name in ("image", "video"):
         assert torch.equal(whole.media[name].data, parts.media[name].data)
+    assert whole.media["video"].times_N is not None
     assert torch.equal(whole.media["video"].times_N, torch.arange(frames).float().repeat(2))
 
 
@@ -94,6 +95,7 @@ def test_every_answer_of_a_clip_is_true_at_its_moment() -> None:
     source = RigData(tasks={"clip": 1}, size=30).open()
     for n in range(30):
         row = source.batch([("clip", n)])
+        assert row.labels_T is not None
         places = []
         for frame in row.media["video"].data[:, 0]:
             y, x = (frame == SQUARE).nonzero().T
@@ -158,6 +160,7 @@ def test_the_page_and_the_square_have_their_shares_of_the_loss() -> None:
     source = RigData(tasks={"clip": 1}, size=2).open()
     for frames in (2, 8):
         row = source.batch([("clip", 0)], frames=frames)
+        assert row.weight_T is not None
         digits = (row.ids_T >= ASKED) & (row.ids_T < ASKED + DIGITS)
         assert float(row.weight_T[digits].sum()) == DIGITS
         cells = row.ids_T == ASKED + QUESTIONS.index("cell")
@@ -339,7 +342,7 @@ def test_hits_are_the_likeliest_words_where_something_is_asked() -> None:
     made = built(replace(TINY, noise=0.0), stir=0.2)
     row = source.batch([("still", n) for n in range(4)])
     with torch.no_grad():
-        guess_T = made.head.logits(made.hidden(row)).argmax(-1)
+        guess_T = made.head.logits(made.hidden(row)).argmax(-1)  # type: ignore[operator]
     learned = replace(row, labels_T=torch.where(row.labels_T == IGNORE, IGNORE, guess_T))
     assert torch.equal(rig.hits(made, learned), row.labels_T != IGNORE)
     assert torch.equal(rig.hits(made, row), (guess_T == row.labels_T) & (row.labels_T != IGNORE))
@@ -351,6 +354,7 @@ def test_pages_that_stop_early_are_read_from_fewer_repeats() -> None:
     found_NR = changes(made, source, batch=5)
     assert found_NR.shape == (12, 3)
     embedder, row = made.embedder, source.batch([("still", 3)])
+    assert isinstance(embedder, PVCEmbedder)
     with torch.no_grad():
         tokens_RKC = embedder.encode(shots_of(row, embedder.config), row)
     wanted = [change(tokens_RKC[n : n + 1], tokens_RKC[n - 1 : n]) for n in (1, 2, 3)]
