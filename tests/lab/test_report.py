@@ -108,3 +108,15 @@ def test_a_moved_threshold_is_told(kept: Store) -> None:
     assert {c["verdict"] for c in data["claims"]} == {None}
     assert data["experiments"]["toy"]["other_definitions"] == [TOY.fingerprint("mini")]
     assert "Other definitions of this experiment were run on the test split before" in markdown(data, {})
+
+
+def test_an_experiment_without_claims_is_shown_too(kept: Store) -> None:
+    curve = replace(TOY, id="curve", claims=())
+    run_trials([curve], kept, {"curve": range(3)})
+    data = compose([curve, TOY], kept)
+    assert list(data["experiments"]) == ["toy", "curve"]
+    assert [run["metrics"] for run in data["experiments"]["curve"]["runs"]] == [
+        run["metrics"] for run in data["experiments"]["toy"]["runs"]
+    ]
+    assert {claim["experiment"] for claim in data["claims"]} == {"toy"}
+    assert "### curve" in markdown(data, {})

@@ -2,7 +2,8 @@
 
 Source: PVC (2412.09613); fact sheet, section 7, claims M1 to M3. The numbers of the paper's ablations could not be
 read, so all effect sizes are expectations of ours, tuned on dev splits with seeds from 100 as far as a claim does not
-say otherwise, and fixed before any confirmation run (docs/claims.md). The exact facts (M4) are tests of the suite.
+say otherwise, and fixed before any confirmation run (docs/claims.md). Tuned was with one seed, and arms b and c of M1
+with K = 1 only. The exact facts (M4) are tests of the suite.
 
 Rig: pages of sixteen handwritten digits, 32 x 32 pixels, and clips of eight frames in which a square moves over such a
 page; encoder 64 x 2 layers, the last one temporal, decoder 64 x 2 layers, about 0.26 million parameters. A frame is

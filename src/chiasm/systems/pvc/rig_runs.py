@@ -39,7 +39,8 @@ def model_of(trial: Trial, *, largest: int = 4, **more: Any) -> RigModel:
 
     The fewer the tokens the larger is the projector.
     """
-    base = RigModel(**{name: int(trial.budget[name]) for name in SIZES if name in trial.budget})
+    sizes: dict[str, Any] = {name: int(trial.budget[name]) for name in SIZES if name in trial.budget}
+    base = RigModel(**sizes)
     return replace(base, parameters=parameters_of(replace(base, tokens=largest)), **more)
 
 
@@ -75,8 +76,8 @@ def static_repeats(trial: Trial) -> dict[str, float]:
     """
     s = trial.arm.settings
     shape = {"tokens": int(s["tokens"]), "repeats": int(s["repeats"])}
-    noise = {} if s["noisy"] else {"noise": 0.0}
-    model = model_of(trial, **shape, **noise, timed=bool(s["timed"]), attention=bool(s["attention"]))
+    noise = RigModel().noise if s["noisy"] else 0.0
+    model = model_of(trial, **shape, noise=noise, timed=bool(s["timed"]), attention=bool(s["attention"]))
     data = _data(trial, {"still": 1}, **shape)
     trained = _train(trial, data, model)
     found = accuracies(trained, _held_out(trial, data), "still")
