@@ -132,16 +132,18 @@ def test_a_failure_in_another_process_is_the_same_line(
 @pytest.mark.skipif(os.name == "nt", reason="signals")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_a_killed_runner_goes_on_where_it_was(tmp_path: Path, log: Path, number: int) -> None:
-    """Of nine runs of 0.5 s each some are done when it is killed; those are not made again."""
+    """Of nine runs of 0.15 s each some are done when it is killed; those are not made again."""
     script = (
         "from dataclasses import replace\n"
         "from chiasm.lab.runner import Store, run_trials\n"
-        "import sys; sys.path.insert(0, sys.argv[2])\n"
+        "import signal, sys; sys.path.insert(0, sys.argv[2])\n"
+        # What a shell starts in the background ignores SIGINT, and so do its children.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from lab_toys import TOY\n"
-        "slow = replace(TOY, budgets={'mini': {'steps': 3, 'sleep': 0.5}})\n"
+        "slow = replace(TOY, budgets={'mini': {'steps': 3, 'sleep': 0.15}})\n"
         "run_trials([slow], Store(sys.argv[1], 'toys', 'mini', 'confirmation'), {'toy': [0, 1, 2]})\n"
     )
-    slow = replace(TOY, budgets={"mini": {"steps": 3, "sleep": 0.5}})
+    slow = replace(TOY, budgets={"mini": {"steps": 3, "sleep": 0.15}})
     kept = store(tmp_path)
     process = subprocess.Popen(
         [sys.executable, "-c", script, str(tmp_path / "work"), str(HERE)], stderr=subprocess.DEVNULL
