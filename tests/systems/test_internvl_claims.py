@@ -16,6 +16,7 @@ from chiasm.data.sequence import IGNORE
 from chiasm.data.sequence import Sequence as Row
 from chiasm.errors import ConfigError
 from chiasm.lab.claim import Trial
+from chiasm.lab.training import train_rig
 from chiasm.systems.internvl import claims, rig, rig_runs
 from chiasm.systems.internvl.rig import (
     LOOPS,
@@ -184,8 +185,8 @@ def test_the_filter_finds_the_loops_and_nothing_else() -> None:
 
 def test_arms_of_a_seed_share_weights_and_data() -> None:
     data = RigData(tasks={"short": 1, "long": 1}, size=16)
-    first = rig.train_rig(rig.rig_recipe(data, steps=1, batch=4, seed=3, model=TINY, lr=1e-12))[0]
-    again = rig.train_rig(
+    first = train_rig(rig.rig_recipe(data, steps=1, batch=4, seed=3, model=TINY, lr=1e-12))[0]
+    again = train_rig(
         rig.rig_recipe(replace(data, power=1.0), steps=1, batch=4, seed=3, model=TINY, lr=1e-12)
     )[0]
     for a, b in zip(first.parameters(), again.parameters(), strict=True):
@@ -195,7 +196,7 @@ def test_arms_of_a_seed_share_weights_and_data() -> None:
 def test_writing_greedily_is_what_exact_counts() -> None:
     """``exact`` judges by one pass over the true answer, ``write`` by generating: the same items are right."""
     data = RigData(tasks={"colour": 1}, size=8, max_tiles=1)
-    model = rig.train_rig(rig.rig_recipe(data, steps=60, batch=8, seed=0, model=TINY, lr=3e-3))[0]
+    model = train_rig(rig.rig_recipe(data, steps=60, batch=8, seed=0, model=TINY, lr=3e-3))[0]
     texts, tokens = rig.write(model, data, "colour", count=8, limit=12)
     right = sum(t[0] == item("colour", "train", 0, n).answer for n, t in enumerate(texts)) / 8
     assert right == rig.exact(model, data, "colour", count=8)

@@ -370,7 +370,7 @@ def test_pages_that_stop_early_are_read_from_fewer_repeats() -> None:
 
 
 def test_training_learns_and_repeats_itself() -> None:
-    from chiasm.systems.internvl.rig import train_rig
+    from chiasm.lab.training import train_rig
 
     data = RigData(tasks={"still": 1, "clip": 1}, size=4, cut=True)
     losses = []

@@ -18,13 +18,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from chiasm.errors import CheckpointError, ConfigError, DataError
 from chiasm.text.vocab_files import MODEL, VOCAB, from_model_file, from_vocab_and_merges, read_json
 
-__all__ = ["StreamDecoder", "Tokenizer", "byte_alphabet"]
+__all__ = ["StreamDecoder", "Tokenizer", "byte_alphabet", "byte_tokenizer"]
 
 _BACKEND_FILE = "tokenizer.json"
 _CONFIG_FILE = "tokenizer_config.json"
@@ -298,3 +298,14 @@ def _replace(file: Path, text: str) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def byte_tokenizer(special: Iterable[str]) -> Tokenizer:
+    """Return a tokenizer of one token a byte and these special ones: for toy models, whose vocabulary must be small."""
+    vocabulary = {character: byte for byte, character in byte_alphabet().items()}
+    backend = Backend(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    backend.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    tokenizer = Tokenizer(backend)
+    tokenizer.add_special_tokens(special)
+    return tokenizer

@@ -20,8 +20,6 @@ from functools import partial
 from typing import Literal
 
 import torch
-from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers
 
 from chiasm.checkpoint.adapters import open_checkpoint
 from chiasm.checkpoint.vocab import SPECIAL_TOKENS, used_rows
@@ -36,7 +34,7 @@ from chiasm.systems.internvl.mini import MiniConfig, build_mini, spec_of
 from chiasm.systems.internvl.model import build_internvl
 from chiasm.systems.internvl.released import released
 from chiasm.systems.internvl.table import RECIPES
-from chiasm.text.tokenizer import Tokenizer, byte_alphabet
+from chiasm.text.tokenizer import Tokenizer, byte_tokenizer
 from chiasm.train.distill import DistillData, DistillObjective, StudentSpec, load_vision
 from chiasm.train.recipe import Group, Optim, Recipe, Schedule
 from chiasm.train.sft import ChatSource, FinetuneObjective
@@ -69,15 +67,8 @@ _DEBUG = MiniConfig(
 )
 
 
-def _byte_tokenizer() -> Tokenizer:
-    """One token a byte, plus those of the chat template and of pictures."""
-    vocabulary = {character: byte for byte, character in byte_alphabet().items()}
-    backend = Backend(models.BPE(vocab=vocabulary, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
-    backend.decoder = decoders.ByteLevel()  # type: ignore[assignment]
-    tokenizer = Tokenizer(backend)
-    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>", *SPECIAL_TOKENS])
-    return tokenizer
+_TOY_TOKENS = ("<|im_start|>", "<|im_end|>", *SPECIAL_TOKENS)
+"""What the toy's tokenizer has beside the bytes: the chat template's tokens and those of pictures."""
 
 
 def _debug_language(tokenizer: Tokenizer) -> LanguageConfig:
@@ -104,7 +95,7 @@ class DebugModel:
 
     def outline(self) -> InternVLConfig:
         """The whole config."""
-        tokenizer = _byte_tokenizer()
+        tokenizer = byte_tokenizer(_TOY_TOKENS)
         return spec_of(_DEBUG, _debug_language(tokenizer), tokenizer)[1]
 
 
@@ -117,7 +108,7 @@ class DebugData:
 
     def open(self) -> ChatSource:
         """Return the source."""
-        tokenizer = _byte_tokenizer()
+        tokenizer = byte_tokenizer(_TOY_TOKENS)
         spec, _ = spec_of(_DEBUG, _debug_language(tokenizer), tokenizer)
         worlds, dev = ({"counting": CountingWorld(split, size=self.size)} for split in ("train", "dev"))
         return ChatSource(

@@ -1,8 +1,8 @@
 """The rig of the miniature experiments: a small InternVL from the real parts, trained by the real trainer.
 
 What: ``RigModel`` (its description), ``RigData`` (pictures of `rig_worlds` laid out and tiled once, then packed),
-``train_rig``, and what is measured afterwards: ``exact`` answers, ``token_hits`` in long answers, ``write``
-(sampled texts).
+trained by `chiasm.lab.training`; what is measured afterwards: ``exact`` answers, ``token_hits`` in long answers,
+``write`` (sampled texts).
 Source: InternVL 2.5 fact sheet, section 7: character tokenizer, tiles of 28 pixels in 16 patches of 7, of which
 unshuffle makes 4 tokens; decoder of width 128 with 4 layers.
 
@@ -14,10 +14,8 @@ Shape legend: N tiles, S side of a tile, T rows of a packed batch.
 
 from __future__ import annotations
 
-import io
 import math
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Literal
@@ -46,11 +44,8 @@ from chiasm.systems.internvl.model import build_internvl
 from chiasm.systems.internvl.rig_worlds import Item, item, jpeg
 from chiasm.text.templates import get_template
 from chiasm.text.tokenizer import Tokenizer
-from chiasm.train.progress import Progress
 from chiasm.train.recipe import Group, Optim, Recipe, Schedule
-from chiasm.train.run import RunFolder
 from chiasm.train.sft import FinetuneObjective, answer_hits
-from chiasm.train.trainer import Trainer
 
 __all__ = [
     "LOOPS",
@@ -63,7 +58,6 @@ __all__ = [
     "rig_recipe",
     "token_hits",
     "tokenizer",
-    "train_rig",
     "write",
 ]
 
@@ -330,32 +324,6 @@ def rig_recipe(
         save_every=steps,
         log_every=max(1, steps // 20),
     )
-
-
-def train_rig(
-    recipe: Recipe, *, every: int = 0, look: Callable[[CausalVLM], None] | None = None
-) -> tuple[CausalVLM, list[dict[str, Any]]]:
-    """Run a recipe in a folder that is thrown away; return the model in eval mode and the measured rows.
-
-    ``look`` is called with the model after every ``every`` steps and after the last; it changes nothing of the run.
-
-    Raises:
-        KeyboardInterrupt: the run was asked to stop (the trainer turns signals into a clean stop).
-    """
-    stops = [*range(every, recipe.steps, every), recipe.steps] if every and look else [recipe.steps]
-    with tempfile.TemporaryDirectory(prefix="chiasm-rig-") as folder:
-        run = RunFolder.create(folder, recipe, run_id="run")
-        trainer = Trainer(recipe, run, progress=Progress(recipe.steps, io.StringIO()))
-        model = trainer.model
-        assert isinstance(model, CausalVLM)
-        for stop in stops:
-            trainer.fit(until=stop)
-            if trainer.step < stop:
-                raise KeyboardInterrupt
-            if look is not None:
-                look(model.eval())
-        rows = run.metrics()
-    return model.eval(), rows
 
 
 # --- what is measured ---------------------------------------------------------------------------------------

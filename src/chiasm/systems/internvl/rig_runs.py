@@ -24,6 +24,7 @@ from chiasm.data.mixture import derive_seed
 from chiasm.data.sequence import IGNORE, IMAGE, MediaBatch, Span
 from chiasm.data.sequence import Sequence as Row
 from chiasm.lab.claim import Trial
+from chiasm.lab.training import train_rig
 from chiasm.media.pixels import normalize
 from chiasm.model.causal import CausalVLM
 from chiasm.systems.internvl.rig import (
@@ -36,7 +37,6 @@ from chiasm.systems.internvl.rig import (
     repetition,
     rig_recipe,
     token_hits,
-    train_rig,
     write,
 )
 

@@ -21,8 +21,6 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
-from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers
 
 from chiasm.checkpoint.vocab import SPECIAL_TOKENS
 from chiasm.data.layout import LayoutSpec
@@ -38,7 +36,7 @@ from chiasm.systems.pvc.convert import extended
 from chiasm.systems.pvc.load import spec_of
 from chiasm.systems.pvc.model import build_pvc
 from chiasm.systems.pvc.nodes import OLD_VISION, PVCModel
-from chiasm.text.tokenizer import Tokenizer, byte_alphabet
+from chiasm.text.tokenizer import Tokenizer, byte_tokenizer
 from chiasm.train.meta_data import MetaData
 from chiasm.train.recipe import Group, Lora, Optim, Recipe, Schedule
 from chiasm.train.sft import ChatSource, FinetuneObjective, slow_document
@@ -292,15 +290,8 @@ _DEBUG_VISION = InternViTConfig(
 )
 
 
-def _byte_tokenizer() -> Tokenizer:
-    """One token a byte, plus those of the chat template and of pictures."""
-    vocabulary = {character: byte for byte, character in byte_alphabet().items()}
-    backend = Backend(models.BPE(vocab=vocabulary, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
-    backend.decoder = decoders.ByteLevel()  # type: ignore[assignment]
-    tokenizer = Tokenizer(backend)
-    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>", *SPECIAL_TOKENS])
-    return tokenizer
+_TOY_TOKENS = ("<|im_start|>", "<|im_end|>", *SPECIAL_TOKENS)
+"""What the toy's tokenizer has beside the bytes: the chat template's tokens and those of pictures."""
 
 
 def _debug_config(temporal: TemporalConfig, tokenizer: Tokenizer) -> PVCConfig:
@@ -337,7 +328,7 @@ class DebugPVC:
 
     def build(self) -> CausalVLM:
         """Return the model, drawn from the global generator."""
-        config = _debug_config(self.temporal, _byte_tokenizer())
+        config = _debug_config(self.temporal, byte_tokenizer(_TOY_TOKENS))
         return build_pvc(config, generator=torch.Generator().manual_seed(torch.initial_seed()))
 
 
@@ -369,7 +360,7 @@ class DebugData:
 
     def layout(self) -> LayoutSpec:
         """How samples are laid out."""
-        tokenizer = _byte_tokenizer()
+        tokenizer = byte_tokenizer(_TOY_TOKENS)
         spec = spec_of(_debug_config(self.temporal, tokenizer), tokenizer, template="chiasm-mini")
         return replace(spec, max_length=2048, loss_power=1.0)
 

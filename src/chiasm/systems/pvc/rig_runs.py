@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from chiasm.lab.claim import Trial
+from chiasm.lab.training import train_rig
 from chiasm.model.causal import CausalVLM
-from chiasm.systems.internvl.rig import train_rig
 from chiasm.systems.pvc.rig import (
     RigModel,
     accuracies,
